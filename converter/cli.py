@@ -1,0 +1,207 @@
+"""The command line: options in, one library call, errors as one sentence. No logic of its own."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import click
+from click_default_group import DefaultGroup
+
+from .convert import convert, plan_conversion
+from .demo import run_demo
+from .errors import ConvertError
+from .inspection import inspect
+from .locate import SourceOptions
+from .manifest import shipped
+from .modules import quiet_libraries
+from .progress import for_terminal
+from .recipe import ACTIVATION_SCHEMES, tool_version
+from .render import render_inspection, render_manifests, render_plan, render_result
+
+F = TypeVar("F", bound=Callable[..., Any])
+_COMMANDS = ("convert", "inspect", "manifests", "demo")
+
+
+class Group(DefaultGroup):  # type: ignore[misc]
+    """`fp8-convert SOURCE` is `fp8-convert convert SOURCE`, and the root help is that command's."""
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        command = self.get_command(ctx, "convert")
+        assert command is not None
+        formatter.write_usage("fp8-convert", "SOURCE -o OUT [OPTIONS]   or   fp8-convert COMMAND …")
+        command.format_help_text(ctx, formatter)
+        command.format_options(click.Context(command, info_name="fp8-convert"), formatter)
+        self.format_commands(ctx, formatter)
+
+
+class Conversion(click.Command):
+    """The default command; a SOURCE that looks like a mistyped command is caught before the Hub is asked."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        source = ctx.params.get("source")
+        if isinstance(source, str) and "/" not in source and not Path(source).exists():
+            near = difflib.get_close_matches(source, _COMMANDS, n=1, cutoff=0.7)
+            if near:
+                raise click.UsageError(f"{source!r} is no folder; did you mean the command `fp8-convert {near[0]}`?")
+        return rest
+
+
+class Names(click.ParamType):  # type: ignore[type-arg]
+    """Names separated by commas."""
+
+    name = "a,b"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+
+@click.group(cls=Group, default="convert", context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(tool_version(), prog_name="fp8-convert")
+def main() -> None:
+    """FP8 checkpoints for diffusion pipelines."""
+
+
+def _json_option(function: F) -> F:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")(function)
+
+
+@main.command("convert", cls=Conversion, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("source")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write the FP8 snapshot to.")
+@click.option("--dry-run", is_flag=True, help="Print the plan, from headers alone; nothing is downloaded or written.")
+@_json_option
+@click.option("--quantization", type=click.Choice(["fp8"]), default="fp8", show_default=True)
+@click.option("--manifest", metavar="NAME|PATH", help="Rules to use; by default chosen by repo id and class names.")
+@click.option(
+    "--ignored-layers",
+    type=Names(),
+    multiple=True,
+    help="DiT layers to keep, beside the manifest's. Repeatable.",
+)
+@click.option("--component", "components", multiple=True, help="Convert only this component. Repeatable.")
+@click.option("--compact", is_flag=True, help="FP8 storage for the DiT layers that W8A8 must skip.")
+@click.option(
+    "--weight-block-size", type=int, nargs=2, metavar="N M", help="Block scales for the DiT, such as 128 128."
+)
+@click.option("--activation-scheme", type=click.Choice(ACTIVATION_SCHEMES), default="dynamic", show_default=True)
+@click.option(
+    "--input-scales",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Safetensors file of NAME.input_scale scalars, for static activations.",
+)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--workers", type=click.IntRange(1), help="CPU threads for the arithmetic.")
+@click.option("--force", is_flag=True, help="Replace a finished FP8 snapshot.")
+@click.option("--revision", help="Branch, tag or commit of the Hub repository.")
+@click.option("--token", help="Hub token; by default the one you logged in with.")
+@click.option("--cache-dir", type=click.Path(path_type=Path), help="Hub cache to use.")
+@click.option("--local-files-only", is_flag=True, help="Use the Hub cache and make no connection.")
+@click.option("--variant", help="Take *.VARIANT.safetensors where a component has them, such as fp16.")
+def convert_command(
+    source: str,
+    output: Path | None,
+    dry_run: bool,
+    as_json: bool,
+    ignored_layers: tuple[list[str], ...],
+    **settings: Any,
+) -> None:
+    """Convert a diffusers snapshot (a folder or a Hub id) to FP8.
+
+    \b
+    Example:
+      fp8-convert Qwen/Qwen-Image -o qwen-image-fp8
+      fp8-convert Qwen/Qwen-Image --dry-run
+      fp8-convert ./my-pipeline -o out --ignored-layers img_mlp,transformer_blocks.0
+    """
+    settings["ignored_layers"] = [name for names in ignored_layers for name in names]
+    if not dry_run and output is None:
+        raise click.UsageError("Name the output folder with -o, or pass --dry-run.")
+    with _errors():
+        if dry_run:
+            for unused in ("device", "workers", "force"):
+                del settings[unused]
+            hub = ("revision", "token", "cache_dir", "local_files_only", "variant")
+            options = SourceOptions(**{name: settings.pop(name) for name in hub})
+            plan = plan_conversion(source, options=options, **settings)
+            click.echo(json.dumps(plan.to_json(), indent=2) if as_json else render_plan(plan))
+            return
+        assert output is not None
+        result = convert(source, output, progress=for_terminal(), **settings)
+        click.echo(json.dumps(result.to_json(), indent=2) if as_json else render_result(result))
+
+
+@main.command("inspect")
+@click.argument("path", type=click.Path(path_type=Path))
+@_json_option
+def inspect_command(path: Path, as_json: bool) -> None:
+    """Show what is FP8, what is not, and why.
+
+    \b
+    Example: fp8-convert inspect qwen-image-fp8
+    """
+    with _errors():
+        inspection = inspect(path)
+        click.echo(json.dumps(inspection.to_json(), indent=2) if as_json else render_inspection(inspection))
+        if any(c.problems for c in inspection.components):
+            sys.exit(1)
+
+
+@main.command("manifests")
+@_json_option
+def manifests_command(as_json: bool) -> None:
+    """List the shipped manifests.
+
+    \b
+    Example: fp8-convert manifests
+    """
+    manifests = list(shipped().values())
+    if as_json:
+        entries = [
+            {"name": m.name, "description": m.description, "repos": m.repos, "pipelines": m.pipelines}
+            for m in manifests
+        ]
+        click.echo(json.dumps(entries, indent=2))
+    else:
+        click.echo(render_manifests(manifests))
+
+
+@main.command("demo")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("demo-out"), show_default=True)
+def demo_command(output: Path) -> None:
+    """Run everything once on a tiny built-in pipeline.
+
+    \b
+    Example: fp8-convert demo
+    """
+    with _errors():
+        run_demo(output, click.echo)
+
+
+class _errors:  # noqa: N801 - reads as a statement
+    """Errors of the library become one sentence and exit code 1; signals stop cleanly; bugs show their traceback."""
+
+    def __enter__(self) -> None:
+        self._quiet = quiet_libraries()
+        self._quiet.__enter__()
+        signal.signal(signal.SIGTERM, _terminate)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._quiet.__exit__(None, None, None)
+        if isinstance(error, ConvertError):
+            click.echo(f"error: {error}", err=True)
+            sys.exit(1)
+        if isinstance(error, KeyboardInterrupt):
+            click.echo("stopped; run the same command again to resume.", err=True)
+            sys.exit(130)
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

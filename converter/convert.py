@@ -1,0 +1,286 @@
+"""`convert`: from a source and a few options to an FP8 snapshot on disk. The table of contents of a conversion."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import ConvertError
+from .layout import RECORD_FILE, Block, encode_json
+from .locate import SourceOptions, fetch, open_source
+from .manifest import choose_manifest, load_manifest
+from .plan import Plan, ShardPlan, make_plan
+from .progress import Progress, Silent
+from .recipe import Recipe
+from .record import make_record
+from .scales import read_input_scales
+from .schedule import scale_domain
+from .source import Snapshot
+from .stream import Engine, measure, stream_shard
+from .target import Done, Target, open_target, source_stat
+from .writing import FileWriter, file_sha256, write_small
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a conversion did. Bytes are those of the weights' files; `peak_rss` is the process's, in bytes."""
+
+    plan: Plan
+    output: Path
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+    resumed_shards: int
+    peak_rss: int
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """Source bytes over the whole time, download included."""
+        return self.bytes_before / 1e9 / self.seconds if self.seconds else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The summary for scripts; the plan's tensors are left out."""
+        return {
+            "output": str(self.output),
+            "manifest": self.plan.recipe.manifest.name,
+            "notes": list(self.plan.notes),
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "seconds": round(self.seconds, 3),
+            "gigabytes_per_second": round(self.gigabytes_per_second, 3),
+            "resumed_shards": self.resumed_shards,
+            "peak_rss": self.peak_rss,
+        }
+
+
+def plan_conversion(
+    source: str | os.PathLike[str],
+    *,
+    quantization: str = "fp8",
+    manifest: str | None = None,
+    ignored_layers: Sequence[str] = (),
+    components: Sequence[str] = (),
+    compact: bool = False,
+    weight_block_size: Sequence[int] | None = None,
+    activation_scheme: str = "dynamic",
+    input_scales: str | os.PathLike[str] | None = None,
+    options: SourceOptions | None = None,
+) -> Plan:
+    """Plan a conversion from headers alone; a Hub id is not downloaded. Arguments are those of `convert`."""
+    if quantization != "fp8":
+        raise ConvertError(f"The quantization {quantization!r} is unknown; the only one is fp8.")
+    snapshot = open_source(source, options or SourceOptions())
+    classes = {c.name: c.class_name for c in snapshot.components}
+    recipe = Recipe(
+        manifest=load_manifest(manifest) if manifest else choose_manifest(snapshot.repo, snapshot.pipeline, classes),
+        ignored_layers=tuple(ignored_layers),
+        components=tuple(components),
+        compact=compact,
+        block=_block(weight_block_size),
+        activation_scheme=activation_scheme,
+        input_scales=read_input_scales(Path(input_scales)) if input_scales is not None else None,
+    )
+    return make_plan(snapshot, recipe)
+
+
+def convert(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    quantization: str = "fp8",
+    manifest: str | None = None,
+    ignored_layers: Sequence[str] = (),
+    components: Sequence[str] = (),
+    compact: bool = False,
+    weight_block_size: Sequence[int] | None = None,
+    activation_scheme: str = "dynamic",
+    input_scales: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    force: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    variant: str | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Convert a diffusers snapshot into an FP8 snapshot.
+
+    source: a folder (a pipeline, or one component) or a Hub repo id. output: the folder to create.
+    manifest: a shipped manifest's name or a path to a TOML file; None chooses by repo id and class names.
+    ignored_layers: patterns of DiT layers that stay in the source dtype, beside the manifest's.
+    components: restricts the conversion; the other components are copied.
+    compact: FP8 storage for the layers that W8A8 must skip, where the manifest names them.
+    weight_block_size: (rows, columns) of a scale's block in the DiT; None is the manifest's choice (per tensor).
+    activation_scheme: "dynamic", or "static" with input_scales, a safetensors file of `NAME.input_scale` scalars.
+    device: "cpu", "cuda" or "auto"; the bytes are the same. workers: CPU threads for the arithmetic.
+    force: replace a finished FP8 snapshot. revision, token, cache_dir, local_files_only: as in huggingface_hub.
+    variant: takes `*.VARIANT.safetensors` where a component has them.
+
+    Memory stays bounded whatever the model's size. An interrupted conversion is resumed by the same call; an
+    unfinished one never looks like a snapshot. Raises ConvertError with a sentence for the user.
+    """
+    started = time.monotonic()
+    progress = progress or Silent()
+    options = SourceOptions(revision, token, cache_dir, local_files_only, variant)
+    plan = plan_conversion(
+        source,
+        quantization=quantization,
+        manifest=manifest,
+        ignored_layers=ignored_layers,
+        components=components,
+        compact=compact,
+        weight_block_size=weight_block_size,
+        activation_scheme=activation_scheme,
+        input_scales=input_scales,
+        options=options,
+    )
+    engine = Engine(_device(device), workers=workers or max(1, (os.cpu_count() or 2) - 1))
+    for note in plan.notes:
+        progress.say(f"note: {note}")
+    with open_target(Path(output), force=force) as target:
+        target.check_space(plan.bytes_to_write)
+        plan = _downloaded(plan, options)
+        if target.resume(_key(plan)):
+            progress.say("the unfinished output of another source, recipe or version was dropped")
+        resumed = _convert_shards(plan, target, engine, progress)
+        _finish(plan, target)
+    return Result(
+        plan,
+        Path(output),
+        plan.bytes_to_read,
+        sum(s.size for s in plan.shards),
+        time.monotonic() - started,
+        resumed,
+        peak_rss(),
+    )
+
+
+def peak_rss() -> int:
+    """The process's peak resident memory in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _convert_shards(plan: Plan, target: Target, engine: Engine, progress: Progress) -> int:
+    """Convert every shard that an earlier run has not finished; returns how many were kept."""
+    progress.start(plan.bytes_to_read + plan.bytes_read_twice)
+    resumed = 0
+    amaxes: dict[str, float] = {}
+    with engine:
+        for shard in plan.shards:
+            if (done := target.recheck(shard.path)) and _same_source(shard, done):
+                resumed += 1
+                progress.advance(shard.source.size)
+                continue
+            missing = [group for group in shard.schedule.measured if group not in amaxes]
+            if missing:
+                siblings = [s for s in plan.shards if s.component == shard.component]
+                amaxes |= measure(siblings, missing, engine)
+                progress.advance(_bytes_of(siblings, missing))
+            target.add(_convert_shard(shard, target, engine, amaxes, plan.input_scales, progress))
+    progress.close()
+    return resumed
+
+
+def _convert_shard(
+    shard: ShardPlan,
+    target: Target,
+    engine: Engine,
+    amaxes: Mapping[str, float],
+    input_scales: Mapping[str, float],
+    progress: Progress,
+) -> Done:
+    assert shard.source.local is not None
+    stat = source_stat(shard.source.local)
+    hasher = hashlib.sha256()
+    reported = 0
+    with FileWriter(target.staged(shard.path), shard.size, shard.path) as writer:
+        writer.append(memoryview(shard.header))
+        written = len(shard.header)
+        for chunk in stream_shard(shard, engine, amaxes=amaxes, input_scales=input_scales, hasher=hasher):
+            writer.append(chunk.data.cpu().numpy().data)
+            written += chunk.data.numel()
+            share = shard.source.size * written // max(1, shard.size)
+            progress.advance(share - reported)
+            reported = share
+        source_sha256 = hasher.hexdigest()
+        if shard.source.sha256 not in (None, source_sha256):
+            raise ConvertError(
+                f"{shard.source.path} differs from the Hub's digest, so its download is corrupt; delete "
+                f"{shard.source.local.resolve()} and run again."
+            )
+        sha256 = writer.commit()
+    progress.advance(shard.source.size - reported)
+    return Done(shard.path, shard.size, sha256, shard.source.size, source_sha256, stat)
+
+
+def _finish(plan: Plan, target: Target) -> None:
+    """Write the small files and the record, and let the snapshot appear."""
+    for path, data in plan.files.items():
+        target.add(Done(path, len(data), write_small(target.staged(path), data, path)))
+    for path in plan.sidecars:
+        data = plan.snapshot.files.read(path)
+        target.add(Done(path, len(data), write_small(target.staged(path), data, path)))
+    files = {*(s.path for s in plan.shards), *plan.files, *plan.sidecars}
+    record = encode_json(make_record(plan, {p: d for p, d in target.done.items() if p in files}))
+    write_small(target.staged(RECORD_FILE), record, RECORD_FILE)
+    target.publish([*files, RECORD_FILE])
+
+
+def _downloaded(plan: Plan, options: SourceOptions) -> Plan:
+    """The same plan over local files: a Hub source is downloaded at the commit that was planned."""
+    snapshot: Snapshot = fetch(plan.snapshot, options)
+    return plan if snapshot is plan.snapshot else make_plan(snapshot, plan.recipe)
+
+
+def _key(plan: Plan) -> str:
+    """What a resumed run must share with the one before: source, recipe, tool, and so every output header."""
+    parts = [plan.recipe.sha256(), plan.snapshot.repo, plan.snapshot.commit]
+    shards = [(s.source.path, s.source.size, s.path, hashlib.sha256(s.header).hexdigest()) for s in plan.shards]
+    return hashlib.sha256(json.dumps([parts, shards]).encode()).hexdigest()
+
+
+def _same_source(shard: ShardPlan, done: Done) -> bool:
+    """Whether the finished shard was made from the source as it is now."""
+    assert shard.source.local is not None
+    if source_stat(shard.source.local) == done.source_stat:
+        return True
+    fd = os.open(shard.source.local, os.O_RDONLY)
+    try:
+        return file_sha256(fd) == done.source_sha256
+    finally:
+        os.close(fd)
+
+
+def _bytes_of(shards: Sequence[ShardPlan], domains: Sequence[str]) -> int:
+    return sum(t.info.nbytes for s in shards for t in s.tensors if scale_domain(t) in domains)
+
+
+def _block(size: Sequence[int] | None) -> Block | None:
+    if size is None:
+        return None
+    if len(size) != 2 or not all(isinstance(n, int) for n in size):
+        raise ConvertError(f"The block size {list(size)} must be two numbers, such as 128 128.")
+    return size[0], size[1]
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise ConvertError(f"The device {name!r} is unknown; use auto, cpu or cuda.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConvertError("No CUDA device was found; use --device cpu, which gives the same bytes.")
+    return torch.device(name)

@@ -1,0 +1,127 @@
+"""The built-in demo: a tiny random Z-Image pipeline of the real classes, converted and inspected."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .convert import convert
+from .inspection import inspect
+from .modules import quiet_libraries
+from .render import render_inspection, render_result
+
+_HIDDEN = 128
+
+
+def run_demo(output: Path, say: Callable[[str], None]) -> None:
+    """Build a tiny pipeline, convert it into `output` (replacing an earlier demo's) and show what is in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "tiny-z-image")
+        say("building a tiny random Z-Image pipeline (11 MB) ...")
+        build_tiny_pipeline(source)
+        result = convert(source, output, force=True)
+    say(render_result(result))
+    say("")
+    say(render_inspection(inspect(output)))
+
+
+def build_tiny_pipeline(folder: Path, seed: int = 0) -> None:
+    """Save a random Z-Image pipeline with small dimensions and a byte-level tokenizer, as BF16 safetensors."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
+
+    torch.manual_seed(seed)
+    with quiet_libraries():
+        pipeline = ZImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0, use_dynamic_shifting=False),
+            vae=_vae(),
+            text_encoder=_text_encoder(),
+            tokenizer=_tokenizer(),
+            transformer=_transformer(),
+        )
+        pipeline.save_pretrained(folder)
+
+
+def _tokenizer() -> Any:
+    """Byte-level BPE without merges: 256 byte tokens and the ChatML specials."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return Qwen2Tokenizer(
+        vocab={character: i for i, character in enumerate(sorted(ByteLevel.alphabet()))},
+        merges=[],
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        additional_special_tokens=specials,
+        chat_template=template,
+    )
+
+
+def _text_encoder() -> Any:
+    from transformers import Qwen3Config, Qwen3Model
+
+    config = Qwen3Config(
+        hidden_size=_HIDDEN,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=264,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    return Qwen3Model(config).to(torch.bfloat16).eval()
+
+
+def _transformer() -> Any:
+    from diffusers import ZImageTransformer2DModel
+
+    model = ZImageTransformer2DModel(
+        all_patch_size=(2,),
+        all_f_patch_size=(1,),
+        in_channels=16,
+        dim=256,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        qk_norm=True,
+        cap_feat_dim=_HIDDEN,
+        axes_dims=[32, 48, 48],
+        axes_lens=[1024, 64, 64],
+    )
+    torch.nn.init.normal_(model.x_pad_token, std=0.02)
+    torch.nn.init.normal_(model.cap_pad_token, std=0.02)
+    return model.to(torch.bfloat16).eval()
+
+
+def _vae() -> Any:
+    from diffusers import AutoencoderKL
+
+    return (
+        AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(16, 16, 32, 32),
+            layers_per_block=1,
+            latent_channels=16,
+            norm_num_groups=8,
+            sample_size=64,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+        .to(torch.bfloat16)
+        .eval()
+    )

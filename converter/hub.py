@@ -1,0 +1,173 @@
+"""A Hub repository at one commit: its file list, its small files, and safetensors headers by range request.
+
+Every failure of the Hub or the network becomes one ConvertError that says what to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, get_session, hf_hub_url, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+from .errors import ConvertError, ResumableError
+from .header import PREFIX_BYTES, Header, header_length, parse_header
+
+_FIRST_BYTES = 64 * 1024  # most headers fit; a longer one costs a second request
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """How to reach the Hub, as in huggingface_hub."""
+
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | Path | None = None
+    local_files_only: bool = False
+
+
+class HubFiles:
+    """The files of a repository at the commit that `revision` names now; nothing but small files is downloaded."""
+
+    def __init__(self, repo: str, options: HubOptions) -> None:
+        self._repo, self._options = repo, options
+        self._api = HfApi(token=options.token)
+        with translated(repo, options):
+            info = self._api.repo_info(repo, revision=options.revision)
+            assert info.sha is not None
+            self.commit: str = info.sha
+            tree = self._api.list_repo_tree(repo, recursive=True, revision=self.commit)
+            entries = [entry for entry in tree if isinstance(entry, RepoFile)]
+        self._sizes = {entry.path: int(entry.size) for entry in sorted(entries, key=lambda e: e.path)}
+        self._sha256 = {entry.path: entry.lfs.sha256 for entry in entries if entry.lfs is not None}
+        self.label = repo
+
+    def sizes(self) -> Mapping[str, int]:
+        return self._sizes
+
+    def sha256(self, path: str) -> str | None:
+        return self._sha256.get(path)
+
+    def local(self, path: str) -> Path | None:
+        return None
+
+    def read(self, path: str) -> bytes:
+        with translated(self._repo, self._options):
+            return Path(
+                self._api.hf_hub_download(self._repo, path, revision=self.commit, cache_dir=self._options.cache_dir)
+            ).read_bytes()
+
+    def header(self, path: str) -> Header:
+        where, size = f"{path} in {self._repo}", self._sizes[path]
+        start = self._range(path, 0, min(_FIRST_BYTES, size))
+        length = header_length(start[:PREFIX_BYTES], size, where)
+        raw = start[PREFIX_BYTES : PREFIX_BYTES + length]
+        if len(raw) < length:
+            raw += self._range(path, PREFIX_BYTES + len(raw), PREFIX_BYTES + length)
+        return parse_header(raw, size, where)
+
+    def _range(self, path: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of a file."""
+        if start == stop:
+            return b""
+        url = hf_hub_url(self._repo, path, revision=self.commit, endpoint=self._api.endpoint)
+        headers = {**build_hf_headers(token=self._options.token), "range": f"bytes={start}-{stop - 1}"}
+        with translated(self._repo, self._options):
+            response = get_session().get(
+                url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, follow_redirects=True
+            )
+            hf_raise_for_status(response)
+            content = bytes(response.content)
+        if len(content) != stop - start:
+            raise ConvertError(f"The Hub sent {len(content)} bytes of {path} instead of {stop - start}; run again.")
+        return content
+
+
+def download(repo: str, commit: str, paths: list[str], options: HubOptions) -> Path:
+    """Download exactly `paths` at `commit` into the Hub cache; returns the snapshot's folder."""
+    patterns = [_literal(path) for path in paths]
+    with translated(repo, options):
+        return Path(
+            snapshot_download(
+                repo,
+                revision=commit,
+                allow_patterns=patterns,
+                token=options.token,
+                cache_dir=options.cache_dir,
+            )
+        )
+
+
+def cached(repo: str, options: HubOptions) -> Path:
+    """The folder of a repository that is in the cache already; no connection is made."""
+    with translated(repo, options):
+        return Path(
+            snapshot_download(repo, revision=options.revision, cache_dir=options.cache_dir, local_files_only=True)
+        )
+
+
+def is_offline(options: HubOptions) -> bool:
+    """Whether `local_files_only` or HF_HUB_OFFLINE forbids connections."""
+    return options.local_files_only or bool(constants.HF_HUB_OFFLINE)
+
+
+@contextlib.contextmanager
+def translated(repo: str, options: HubOptions) -> Iterator[None]:
+    """Turn the Hub client's exceptions into sentences for the user."""
+    revision = f" at revision {options.revision}" if options.revision else ""
+    try:
+        yield
+    except HFValidationError as error:
+        raise ConvertError(f"{repo!r} is neither a folder nor a Hub id such as Qwen/Qwen-Image; check it.") from error
+    except GatedRepoError as error:
+        raise ConvertError(
+            f"{repo} is gated: accept its terms on its Hub page, then log in with `hf auth login` or pass --token."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ConvertError(f"{repo} has no revision {options.revision!r}; check --revision.") from error
+    except RepositoryNotFoundError as error:
+        raise ConvertError(
+            f"{repo} is no folder here and does not exist on the Hub, or is private: check the name, or pass --token."
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        if is_offline(options):
+            message = f"{repo}{revision} is not in the cache and the Hub may not be asked; go online once to fetch it."
+            raise ConvertError(message) from error
+        raise ResumableError(_unreachable(repo, error)) from error
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        raise ResumableError(
+            f"The Hub answered {status} for {repo}{revision}; run the same command again in a while."
+        ) from error
+    except _network_errors() as error:
+        raise ResumableError(_unreachable(repo, error)) from error
+
+
+def _unreachable(repo: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:160]
+    return f"The Hub cannot be reached for {repo} ({reason}); check the connection, or use --local-files-only."
+
+
+def _network_errors() -> tuple[type[Exception], ...]:
+    """What the HTTP library below huggingface_hub raises: its name differs between versions."""
+    transport = type(get_session()).__mro__
+    module = __import__(next(c.__module__.partition(".")[0] for c in transport if "http" in c.__module__))
+    return (OSError, module.HTTPError)
+
+
+def _literal(path: str) -> str:
+    """The path as an fnmatch pattern that matches nothing else."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in path)

@@ -1,0 +1,145 @@
+"""What a snapshot holds, converted or not: per component and module kind FP8, kept and why, scales and bytes.
+
+The answer comes from the shards' own headers; the record, where there is one, only adds the reasons.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from . import layout
+from .errors import ConvertError
+from .header import TensorInfo
+from .modules import module_map
+from .source import Component, LocalFiles, describe
+
+_SCALES = (layout.WEIGHT_SCALE, layout.WEIGHT_SCALE_INV, layout.INPUT_SCALE)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors of one component that are alike. `what` is "fp8", "scale" or "kept"."""
+
+    what: str
+    mode: str | None
+    scheme: str | None
+    kind: str | None
+    dtype: str
+    why: str
+    tensors: int
+    params: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ComponentView:
+    """One component as it lies on disk. `problems` are FP8 weights that no reader could use."""
+
+    name: str
+    class_name: str | None
+    quant_method: str | None
+    groups: tuple[Group, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(g.bytes for g in self.groups)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A whole snapshot."""
+
+    path: str
+    converted_by: str | None
+    source: str | None
+    components: tuple[ComponentView, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The same for scripts."""
+        return asdict(self)
+
+
+def inspect(path: str | Path) -> Inspection:
+    """Inspect a snapshot's folder, or one component's. Raises ConvertError."""
+    root = Path(path)
+    if not root.is_dir():
+        raise ConvertError(f"The folder {root} does not exist; check the path.")
+    record = _read_record(root)
+    snapshot = describe(LocalFiles(root), allow_converted=True)
+    recorded = record.get("components", {})
+    source = record.get("source", {})
+    return Inspection(
+        str(root),
+        f"fp8-convert {record['tool_version']}" if "tool_version" in record else None,
+        source.get("repo") and f"{source['repo']} @ {source.get('commit')}",
+        tuple(_view(c, recorded.get(c.name, {})) for c in snapshot.components),
+    )
+
+
+def _read_record(root: Path) -> dict[str, Any]:
+    path = root / layout.RECORD_FILE
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ConvertError(f"{path} is not valid JSON; convert the snapshot again.") from error
+    if not isinstance(record, dict):
+        raise ConvertError(f"{path} is not a JSON object; convert the snapshot again.")
+    return record
+
+
+def _view(component: Component, record: dict[str, Any]) -> ComponentView:
+    kinds = module_map(component).kinds
+    modules: dict[str, tuple[str, str]] = {}
+    for shard in component.shards:
+        try:
+            modules |= layout.decode_modules(shard.header.metadata)
+        except ValueError as error:
+            raise ConvertError(
+                f"{shard.path} has unreadable fp8_convert metadata ({error}); convert it again."
+            ) from error
+    names = {t.name for t in component.tensors}
+    config = component.config.get(layout.CONFIG_KEY)
+    config = config if isinstance(config, dict) else {}
+    sums: dict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0, 0, 0])
+    problems = []
+    for tensor in component.tensors:
+        module = tensor.name.removesuffix(layout.WEIGHT)
+        kind = kinds.get(module) if tensor.name.endswith(layout.WEIGHT) else None
+        what, mode, scheme = _classify(tensor, modules)
+        why = _why(what, mode, kind, record, module in config.get("ignored_layers", ()))
+        total = sums[what, mode, scheme, kind, tensor.dtype, why]
+        for i, value in enumerate((1, tensor.numel, tensor.nbytes)):
+            total[i] += value
+        if tensor.dtype == "F8_E4M3" and not any(module + s in names for s in _SCALES[:2]):
+            problems.append(f"{tensor.name} has no scale")
+    groups = sorted((Group(*k, *v) for k, v in sums.items()), key=lambda g: (g.what, -g.bytes))
+    return ComponentView(
+        component.name, component.class_name, config.get("quant_method"), tuple(groups), tuple(problems)
+    )
+
+
+def _classify(tensor: TensorInfo, modules: dict[str, tuple[str, str]]) -> tuple[str, str | None, str | None]:
+    """(what, mode, scheme) of a tensor."""
+    if tensor.name.endswith(_SCALES):
+        return "scale", None, None
+    if tensor.dtype != "F8_E4M3":
+        return "kept", None, None
+    mode, scheme = modules.get(tensor.name.removesuffix(layout.WEIGHT), (None, None))
+    return "fp8", mode, scheme
+
+
+def _why(what: str, mode: str | None, kind: str | None, record: dict[str, Any], ignored: bool) -> str:
+    """The rules that the record gives for tensors of this mode and kind, else what the config tells."""
+    if what != "kept":
+        return ""
+    decisions = [d for d in record.get("decisions", []) if (d["mode"], d["kind"]) == (mode, kind)]
+    if decisions:
+        return "; ".join(f"{d['rule']} ({d['tensors']})" for d in decisions)
+    return "ignored_layers" if ignored else ""

@@ -1,0 +1,108 @@
+"""The on-disk contract of an FP8 snapshot: names, config keys, metadata, record. Both sides import only this.
+
+An FP8 weight `NAME.weight` (float8_e4m3fn, source shape) comes with `NAME.weight_scale` (per tensor, float32 [])
+or `NAME.weight_scale_inv` (block, float32 [ceil(N/bn), ceil(K/bk)]), and `NAME.input_scale` (float32 []) where
+activations are static. `w ~ float(q) * scale` under either name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+WEIGHT = ".weight"
+WEIGHT_SCALE = ".weight_scale"
+WEIGHT_SCALE_INV = ".weight_scale_inv"
+INPUT_SCALE = ".input_scale"
+
+RECORD_FILE = "fp8_convert.json"
+RECORD_FORMAT = 1
+METADATA_KEY = "fp8_convert"
+CONFIG_KEY = "quantization_config"
+QUANT_METHOD = "fp8"  # what other runtimes can read too
+QUANT_METHOD_NATIVE = "fp8_convert"  # mixed modes or convolutions: stock readers refuse it by name
+
+W8A8 = "w8a8"
+STORAGE = "storage"
+SCHEME_TENSOR = "tensor"
+
+Block = tuple[int, int]
+
+
+def scheme_name(block: Block | None) -> str:
+    """`tensor`, or for blocks of n rows and k columns `block{n}x{k}`."""
+    return SCHEME_TENSOR if block is None else f"block{block[0]}x{block[1]}"
+
+
+def scheme_block(scheme: str) -> Block | None:
+    """The block size a scheme's name gives, None for `tensor`. Raises ValueError for any other text."""
+    if scheme == SCHEME_TENSOR:
+        return None
+    match = re.fullmatch(r"block([1-9]\d*)x([1-9]\d*)", scheme)
+    if match is None:
+        raise ValueError(f"unknown scheme {scheme!r}")
+    return int(match[1]), int(match[2])
+
+
+def scale_key(module: str, block: Block | None) -> str:
+    """The tensor name of a module's weight scale."""
+    return module + (WEIGHT_SCALE if block is None else WEIGHT_SCALE_INV)
+
+
+def scale_shape(weight_shape: Sequence[int], block: Block | None) -> tuple[int, ...]:
+    """() per tensor; [ceil(N/bn), ceil(K/bk)] for a 2-D weight in blocks."""
+    if block is None:
+        return ()
+    rows, columns = weight_shape
+    return -(-rows // block[0]), -(-columns // block[1])
+
+
+def quantization_config(
+    *, native: bool, activation_scheme: str, ignored_layers: Sequence[str], block: Block | None
+) -> dict[str, Any]:
+    """What a component's config.json gains under `quantization_config`: these keys and no others."""
+    return {
+        "quant_method": QUANT_METHOD_NATIVE if native else QUANT_METHOD,
+        "activation_scheme": activation_scheme,
+        "is_checkpoint_fp8_serialized": True,
+        "ignored_layers": list(ignored_layers),
+        "weight_block_size": None if block is None else list(block),
+    }
+
+
+def encode_modules(modules: Mapping[str, tuple[str, str]]) -> str:
+    """A shard's `__metadata__["fp8_convert"]`: JSON of {module: [mode, scheme]}, sorted by name."""
+    return json.dumps({name: list(modules[name]) for name in sorted(modules)}, separators=(",", ":"))
+
+
+def decode_modules(metadata: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """The FP8 modules of a shard: {module: (mode, scheme)}; empty for a shard without any. Raises ValueError."""
+    text = metadata.get(METADATA_KEY)
+    if text is None:
+        return {}
+    entries = json.loads(text)
+    if not isinstance(entries, dict):
+        raise ValueError("not a JSON object")
+    modules = {}
+    for name, entry in entries.items():
+        if not isinstance(entry, list) or len(entry) != 2 or entry[0] not in (W8A8, STORAGE):
+            raise ValueError(f"module {name!r} has the entry {entry!r}")
+        scheme_block(str(entry[1]))
+        modules[name] = (entry[0], str(entry[1]))
+    return modules
+
+
+def shard_name(stem: str, number: int, count: int) -> str:
+    """`STEM.safetensors` for a single shard, `STEM-00001-of-00003.safetensors` for the first of three."""
+    return f"{stem}.safetensors" if count == 1 else f"{stem}-{number:05d}-of-{count:05d}.safetensors"
+
+
+def index_name(stem: str) -> str:
+    return f"{stem}.safetensors.index.json"
+
+
+def encode_json(data: Any) -> bytes:
+    """JSON as this project writes it: two-space indent, order as given, one newline at the end."""
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()

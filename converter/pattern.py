@@ -1,0 +1,49 @@
+"""Patterns over module names, as manifests and `--ignored-layers` write them.
+
+Without a wildcard a pattern matches a run of whole dotted segments (`img_mlp` matches
+`transformer_blocks.3.img_mlp.net.2`, never `my_img_mlp2`); with `*`, `?` or `[` it matches the whole name as
+fnmatch does; `re:` starts a regular expression that must match the whole name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+from itertools import pairwise
+
+from .errors import ConvertError
+
+
+@lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    if pattern.startswith("re:"):
+        try:
+            return re.compile(pattern[3:])
+        except re.error as error:
+            raise ConvertError(
+                f"The pattern {pattern!r} is no valid regular expression ({error}); correct it."
+            ) from error
+    if not pattern.strip("."):
+        raise ConvertError("An empty pattern matches nothing; remove it or name a layer.")
+    if any(wildcard in pattern for wildcard in "*?["):
+        return re.compile(fnmatch.translate(pattern))
+    return re.compile(rf"(?:.*\.)?{re.escape(pattern)}(?:\..*)?")
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether `pattern` matches the dotted module name `name`."""
+    return _compiled(pattern).fullmatch(name) is not None
+
+
+def closest(pattern: str, names: Iterable[str], count: int = 3) -> list[str]:
+    """The names, or parts of names, that `pattern` most resembles: what a user may have meant."""
+    candidates: set[str] = set()
+    for name in names:
+        segments = [s for s in name.split(".") if not s.isdigit()]
+        candidates.update(segments)
+        candidates.update(".".join(pair) for pair in pairwise(segments))
+    bare = pattern.removeprefix("re:").strip("*.")
+    return difflib.get_close_matches(bare, sorted(candidates), n=count, cutoff=0.3)

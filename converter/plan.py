@@ -1,0 +1,405 @@
+"""The plan of a conversion, from headers alone: every tensor's decision, every output shard, every byte counted.
+
+Pure: a described snapshot and a recipe in, frozen data out. What can be wrong with the input is found here, before
+anything is downloaded or written.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from . import layout
+from .decide import PlannedTensor, check_patterns, decide, expand_aliases, is_dit, keep_all
+from .errors import ConvertError
+from .header import PREFIX_BYTES, encode_header
+from .manifest import ComponentRules
+from .modules import module_map
+from .recipe import Recipe
+from .schedule import Schedule, make_schedule, scale_domain
+from .source import CONFIG, Component, Shard, Snapshot
+
+_QUANTIZED_DTYPES = {
+    "F4",
+    "F6_E2M3",
+    "F6_E3M2",
+    "F8_E4M3",
+    "F8_E5M2",
+    "F8_E8M0",
+    "F8_E4M3FNUZ",
+    "F8_E5M2FNUZ",
+}
+_QUANTIZED_SUFFIXES = (
+    ".weight_scale", ".weight_scale_inv", ".scale_weight", ".comfy_quant", ".qweight", ".qzeros", ".SCB",
+    ".weight_packed", ".quant_map", ".weight_format",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One source shard and the output shard that it becomes. A shard without FP8 weights is `copied` whole."""
+
+    component: str
+    source: Shard
+    path: str
+    tensors: tuple[PlannedTensor, ...]
+    schedule: Schedule
+    header: bytes
+
+    @property
+    def copied(self) -> bool:
+        return not any(t.decision.fp8 for t in self.tensors)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the output file."""
+        return len(self.header) + (self.schedule.outputs[-1].end if self.schedule.outputs else 0)
+
+
+@dataclass(frozen=True)
+class ComponentPlan:
+    """One component: its decisions and what is written for it. `rules` is None where nothing is converted."""
+
+    source: Component
+    rules: ComponentRules | None
+    shards: tuple[ShardPlan, ...]
+    config: Mapping[str, Any] | None
+    problem: str | None
+
+    @property
+    def tensors(self) -> Iterable[PlannedTensor]:
+        return (tensor for shard in self.shards for tensor in shard.tensors)
+
+    @property
+    def weight_bytes(self) -> tuple[int, int]:
+        """Bytes of all tensors before and after, scales included."""
+        before = sum(t.nbytes for t in self.source.tensors)
+        return before, sum(s.schedule.outputs[-1].end for s in self.shards if s.schedule.outputs)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole conversion. `files` holds the JSON files to write, `sidecars` those to copy."""
+
+    snapshot: Snapshot
+    recipe: Recipe
+    components: tuple[ComponentPlan, ...]
+    files: Mapping[str, bytes]
+    sidecars: tuple[str, ...]
+    notes: tuple[str, ...]
+    input_scales: Mapping[str, float]
+
+    @property
+    def shards(self) -> tuple[ShardPlan, ...]:
+        return tuple(shard for component in self.components for shard in component.shards)
+
+    @cached_property
+    def bytes_to_write(self) -> int:
+        """Size of the whole output but for the record."""
+        copied = sum(self.snapshot.files.sizes()[p] for p in self.sidecars)
+        return sum(s.size for s in self.shards) + sum(len(f) for f in self.files.values()) + copied
+
+    @cached_property
+    def bytes_to_read(self) -> int:
+        """Bytes of all source shards."""
+        return sum(s.source.size for s in self.shards)
+
+    @cached_property
+    def bytes_read_twice(self) -> int:
+        """Bytes of weights that are measured first, because their fusion group does not fit the window."""
+        return sum(t.info.nbytes for s in self.shards for t in s.tensors if scale_domain(t) in s.schedule.measured)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan for scripts: every tensor with its decision, and the sums."""
+        return {
+            "source": self.snapshot.label,
+            "commit": self.snapshot.commit,
+            "pipeline": self.snapshot.pipeline,
+            "recipe": self.recipe.to_json(),
+            "notes": list(self.notes),
+            "bytes_to_write": self.bytes_to_write,
+            "bytes_to_read": self.bytes_to_read,
+            "bytes_read_twice": self.bytes_read_twice,
+            "components": [_component_json(c) for c in self.components],
+        }
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tensors of one component that share a decision: what tables and records show."""
+
+    mode: str | None
+    scheme: str | None
+    kind: str | None
+    rule: str
+    why: str
+    count: int
+    params: int
+    bytes_before: int
+    bytes_after: int
+
+
+def rows(component: ComponentPlan) -> list[Row]:
+    """The component's decisions, summed up by what was decided and why; FP8 first, then by size."""
+    sums: dict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0, 0, 0, 0])
+    for tensor in component.tensors:
+        d = tensor.decision
+        total = sums[d.mode, d.scheme, d.kind, d.rule, d.why]
+        after = tensor.info.numel + _scale_bytes(tensor) if d.fp8 else tensor.info.nbytes
+        for i, value in enumerate((1, tensor.info.numel, tensor.info.nbytes, after)):
+            total[i] += value
+    table = [Row(*key, *values) for key, values in sums.items()]
+    return sorted(table, key=lambda r: (r.mode is None, r.mode or "", -r.bytes_before, r.rule))
+
+
+def make_plan(snapshot: Snapshot, recipe: Recipe) -> Plan:
+    """Decide every tensor of the snapshot and lay out every output file. Raises ConvertError for what cannot be."""
+    chosen = {c.name: _rules_of(c, recipe) for c in snapshot.components}
+    _check_components(snapshot, recipe, chosen)
+    decisions, notes, problems = _decide_all(snapshot, recipe, chosen)
+    input_scales = _input_scales(decisions, recipe)
+    components = tuple(
+        _plan_component(c, chosen[c.name], decisions[c.name], recipe, input_scales, problems.get(c.name))
+        for c in snapshot.components
+    )
+    if not any(t.decision.fp8 for c in components for t in c.tensors):
+        why = next(iter(problems.values()), f"the manifest {recipe.manifest.name} finds no eligible weight")
+        raise ConvertError(f"Nothing in {snapshot.label} can be converted: {why}; see --dry-run or pass --manifest.")
+    files = {}
+    for component in components:
+        if component.config is not None:
+            files[component.source.path(CONFIG)] = layout.encode_json(component.config)
+        if len(component.shards) > 1:
+            files[component.source.path(layout.index_name(component.source.stem))] = _index(component)
+    sidecars = tuple(p for p in snapshot.sidecars if p not in files)
+    return Plan(snapshot, recipe, components, files, sidecars, tuple(notes), input_scales)
+
+
+def _rules_of(component: Component, recipe: Recipe) -> ComponentRules | None:
+    """The manifest's rules for a component that is to be converted, None for one that is only copied."""
+    rules = recipe.manifest.rules_for(component.name, component.class_name)
+    selected = not recipe.components or component.name in recipe.components
+    return rules if rules is not None and rules.mode != "keep" and selected else None
+
+
+def _check_components(snapshot: Snapshot, recipe: Recipe, chosen: Mapping[str, ComponentRules | None]) -> None:
+    names = [c.name for c in snapshot.components]
+    for name in recipe.components:
+        if name not in names:
+            raise ConvertError(f"{snapshot.label} has no component {name!r} with weights; it has {', '.join(names)}.")
+        if chosen[name] is None:
+            raise ConvertError(
+                f"The manifest {recipe.manifest.name} does not convert {name}; drop --component {name} or pass another "
+                "--manifest."
+            )
+    for component in snapshot.components:
+        if chosen[component.name] is not None:
+            _check_unquantized(component, snapshot)
+    dits = [rules for rules in chosen.values() if rules is not None and is_dit(rules)]
+    for given, option in (
+        (recipe.ignored_layers, "--ignored-layers"),
+        (recipe.block, "--weight-block-size"),
+        (recipe.input_scales, "--input-scales"),
+    ):
+        if given and not dits:
+            raise ConvertError(f"{option} applies to the DiT, and none is converted here; drop the option.")
+
+
+def _check_unquantized(component: Component, snapshot: Snapshot) -> None:
+    """Refuse to quantise again, by name."""
+    label = f"{component.label} of {snapshot.label}"
+    advice = "give the original BF16, FP16 or FP32 snapshot"
+    if (config := component.config.get(layout.CONFIG_KEY)) is not None:
+        method = config.get("quant_method", "unknown") if isinstance(config, dict) else "unknown"
+        raise ConvertError(f"{label} is already quantised (quant_method {method!r}); {advice}.")
+    names = {t.name for t in component.tensors}
+    for tensor in component.tensors:
+        if tensor.dtype in _QUANTIZED_DTYPES:
+            module = tensor.name.removesuffix(layout.WEIGHT)
+            if not any(module + s in names for s in (*_QUANTIZED_SUFFIXES, ".scale")):
+                raise ConvertError(f"{tensor.name} in {label} holds {tensor.dtype} codes without a scale; {advice}.")
+            raise ConvertError(f"{label} is already quantised ({tensor.name} is {tensor.dtype}); {advice}.")
+        if tensor.name.endswith(_QUANTIZED_SUFFIXES) or tensor.name in ("scaled_fp8", "weight_scale"):
+            raise ConvertError(f"{label} is already quantised (it has {tensor.name}); {advice}.")
+
+
+def _decide_all(
+    snapshot: Snapshot, recipe: Recipe, chosen: Mapping[str, ComponentRules | None]
+) -> tuple[dict[str, dict[str, PlannedTensor]], list[str], dict[str, str]]:
+    """Decisions by component and tensor name, notes for the user, and why classes could not be built."""
+    decisions: dict[str, dict[str, PlannedTensor]] = {}
+    notes: list[str] = []
+    problems: dict[str, str] = {}
+    layers: list[str] = []
+    groups = [g for r in chosen.values() if r is not None and is_dit(r) for g in r.fusion_groups]
+    for component in snapshot.components:
+        rules = chosen[component.name]
+        tensors = list(component.tensors)
+        if rules is None:
+            decided = keep_all(tensors, "component", _why_kept(component, recipe))
+        else:
+            modules = module_map(component)
+            dit = is_dit(rules)
+            if modules.problem:
+                problems[component.name] = modules.problem
+                notes.append(f"{component.label} stays as it is: {modules.problem}")
+            if dit:
+                layers += [name for name, kind in modules.kinds.items() if kind in rules.kinds]
+            decided, said = decide(
+                tensors,
+                rules,
+                modules,
+                user_patterns=expand_aliases(recipe.ignored_layers, rules.fusion_groups) if dit else (),
+                compact=recipe.compact,
+                block=(recipe.block if dit else None) or rules.weight_block_size,
+            )
+            notes += said
+        decisions[component.name] = {t.info.name: t for t in decided}
+    if not problems:
+        check_patterns(recipe.ignored_layers, groups, layers)
+    return decisions, list(dict.fromkeys(notes)), problems
+
+
+def _why_kept(component: Component, recipe: Recipe) -> str:
+    if recipe.components and component.name not in recipe.components:
+        return "not among the components asked for"
+    rules = recipe.manifest.rules_for(component.name, component.class_name)
+    return (rules.why if rules else "") or f"the manifest {recipe.manifest.name} does not convert it"
+
+
+def _input_scales(decisions: Mapping[str, Mapping[str, PlannedTensor]], recipe: Recipe) -> dict[str, float]:
+    """The activation scale of every W8A8 module; a fusion group shares its maximum."""
+    if recipe.input_scales is None:
+        return {}
+    given = recipe.input_scales
+    w8a8 = [t for tensors in decisions.values() for t in tensors.values() if t.decision.mode == layout.W8A8]
+    for tensor in w8a8:
+        if tensor.module not in given:
+            raise ConvertError(
+                f"The input scales lack {tensor.module}{layout.INPUT_SCALE}; calibrate it or name the layer in "
+                "--ignored-layers."
+            )
+    if unknown := sorted(set(given) - {t.module for t in w8a8}):
+        raise ConvertError(f"The input scales name {unknown[0]}, which is no W8A8 layer of this plan; remove it.")
+    largest: dict[str, float] = defaultdict(float)
+    for tensor in w8a8:
+        domain = tensor.decision.group or tensor.module
+        largest[domain] = max(largest[domain], given[tensor.module])
+    return {t.module: largest[t.decision.group or t.module] for t in w8a8}
+
+
+def _plan_component(
+    component: Component,
+    rules: ComponentRules | None,
+    decisions: Mapping[str, PlannedTensor],
+    recipe: Recipe,
+    input_scales: Mapping[str, float],
+    problem: str | None,
+) -> ComponentPlan:
+    shards_of_group = Counter(
+        group
+        for shard in component.shards
+        for group in {decisions[t.name].decision.group for t in shard.header.tensors}
+        if group is not None
+    )
+    spread = {group for group, count in shards_of_group.items() if count > 1}
+    count = len(component.shards)
+    shards = []
+    for number, source in enumerate(component.shards, 1):
+        path = component.path(layout.shard_name(component.stem, number, count))
+        tensors = tuple(decisions[t.name] for t in source.header.tensors)
+        shards.append(_plan_shard(component, source, path, tensors, spread, input_scales))
+    converted = any(t.decision.fp8 for s in shards for t in s.tensors)
+    config = _config(component, rules, shards, recipe) if rules is not None and converted else None
+    return ComponentPlan(component, rules if converted else None, tuple(shards), config, problem)
+
+
+def _plan_shard(
+    component: Component,
+    source: Shard,
+    path: str,
+    tensors: tuple[PlannedTensor, ...],
+    spread: set[str],
+    input_scales: Mapping[str, float],
+) -> ShardPlan:
+    schedule = make_schedule(tensors, spread, input_scales)
+    modules = {
+        t.module: (t.decision.mode, t.decision.scheme)
+        for t in tensors
+        if t.decision.mode is not None and t.decision.scheme is not None
+    }
+    if not modules:  # nothing becomes FP8: the file is copied, header and all
+        prefix = len(source.header.raw).to_bytes(PREFIX_BYTES, "little")
+        schedule = replace(schedule, outputs=source.header.tensors, measured=(), early=(), late=())
+        return ShardPlan(component.name, source, path, tensors, schedule, prefix + source.header.raw)
+    metadata = {"format": "pt", **source.header.metadata, layout.METADATA_KEY: layout.encode_modules(modules)}
+    header = encode_header(schedule.outputs, metadata)
+    return ShardPlan(component.name, source, path, tensors, schedule, header)
+
+
+def _config(component: Component, rules: ComponentRules, shards: list[ShardPlan], recipe: Recipe) -> dict[str, Any]:
+    """The component's config.json with its quantization_config."""
+    tensors = [t for shard in shards for t in shard.tensors]
+    fp8 = [t.decision for t in tensors if t.decision.fp8]
+    schemes = {(d.mode, d.block) for d in fp8}
+    native = len(schemes) > 1 or any(d.kind != "Linear" for d in fp8)
+    own = {block for mode, block in schemes if mode == rules.mode and block is not None}
+    config = layout.quantization_config(
+        native=native,
+        activation_scheme=recipe.activation_scheme if is_dit(rules) else "dynamic",
+        ignored_layers=sorted(t.module for t in tensors if t.decision.kind == "Linear" and not t.decision.fp8),
+        block=next(iter(own), None),
+    )
+    return {**component.config, layout.CONFIG_KEY: config}
+
+
+def _index(component: ComponentPlan) -> bytes:
+    weight_map = {o.name: s.path.rpartition("/")[2] for s in component.shards for o in s.schedule.outputs}
+    total = component.weight_bytes[1]
+    return layout.encode_json({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _scale_bytes(tensor: PlannedTensor) -> int:
+    total = 4
+    for size in layout.scale_shape(tensor.info.shape, tensor.decision.block):
+        total *= size
+    return total
+
+
+def _component_json(component: ComponentPlan) -> dict[str, Any]:
+    before, after = component.weight_bytes
+    return {
+        "name": component.source.name,
+        "class": component.source.class_name,
+        "problem": component.problem,
+        "bytes_before": before,
+        "bytes_after": after,
+        "shards": [
+            {
+                "source": s.source.path,
+                "path": s.path,
+                "bytes_before": s.source.size,
+                "bytes_after": s.size,
+                "tensors": [_tensor_json(t) for t in s.tensors],
+            }
+            for s in component.shards
+        ],
+    }
+
+
+def _tensor_json(tensor: PlannedTensor) -> dict[str, Any]:
+    d = tensor.decision
+    return {
+        "name": tensor.info.name,
+        "dtype": tensor.info.dtype,
+        "shape": list(tensor.info.shape),
+        "decision": "fp8" if d.fp8 else "keep",
+        "mode": d.mode,
+        "scheme": d.scheme,
+        "group": d.group,
+        "rule": d.rule,
+        "why": d.why,
+    }

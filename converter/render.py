@@ -1,0 +1,101 @@
+"""Plans, inspections and results as text for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .convert import Result
+from .inspection import Inspection
+from .manifest import Manifest
+from .plan import Plan, rows
+
+
+def render_plan(plan: Plan) -> str:
+    """A table per component: what becomes FP8, what is kept and why, bytes before and after."""
+    lines = [_headline(plan)]
+    for component in plan.components:
+        before, after = component.weight_bytes
+        lines += ["", f"{component.source.label} ({component.source.class_name}): {_change(before, after)}"]
+        table = [["decision", "kind", "tensors", "params", "before", "after", "rule", "why"]]
+        for row in rows(component):
+            decision = f"fp8 {row.mode} {row.scheme}" if row.mode else "kept"
+            numbers = [str(row.count), _count(row.params), _bytes(row.bytes_before), _bytes(row.bytes_after)]
+            table.append([decision, row.kind or "-", *numbers, row.rule, row.why])
+        lines += _table(table, right=(2, 3, 4, 5))
+    lines += [f"note: {note}" for note in plan.notes]
+    before = plan.bytes_to_read
+    after = sum(s.size for s in plan.shards)
+    lines += ["", f"total: {_change(before, after)} in {len(plan.shards)} files"]
+    if plan.bytes_read_twice:
+        lines.append(f"{_bytes(plan.bytes_read_twice)} are read twice: their fusion groups are measured first")
+    return "\n".join(lines)
+
+
+def render_inspection(inspection: Inspection) -> str:
+    """A table per component: FP8, scales and what is kept, by module kind."""
+    lines = [f"{inspection.path}: {inspection.converted_by or 'not converted by fp8-convert'}"]
+    if inspection.source:
+        lines.append(f"source: {inspection.source}")
+    for component in inspection.components:
+        method = f", quant_method {component.quant_method}" if component.quant_method else ""
+        name = component.name or "component"
+        lines += ["", f"{name} ({component.class_name}{method}): {_bytes(component.bytes)}"]
+        table = [["what", "kind", "dtype", "tensors", "params", "bytes", "why"]]
+        for group in component.groups:
+            what = " ".join(filter(None, (group.what, group.mode, group.scheme)))
+            numbers = [str(group.tensors), _count(group.params), _bytes(group.bytes)]
+            table.append([what, group.kind or "-", group.dtype, *numbers, group.why])
+        lines += _table(table, right=(3, 4, 5))
+        lines += [f"PROBLEM: {problem}" for problem in component.problems]
+    return "\n".join(lines)
+
+
+def render_result(result: Result) -> str:
+    """The summary of a finished conversion, one line."""
+    resumed = f", {result.resumed_shards} shards resumed" if result.resumed_shards else ""
+    return (
+        f"wrote {result.output}: {_change(result.bytes_before, result.bytes_after)} in {result.seconds:.1f} s "
+        f"({result.gigabytes_per_second:.2f} GB/s, peak RSS {result.peak_rss / 2**20:.0f} MiB{resumed})"
+    )
+
+
+def render_manifests(manifests: Sequence[Manifest]) -> str:
+    """The shipped manifests and what chooses each."""
+    table = [["name", "for", "chosen by"]]
+    for manifest in manifests:
+        chosen = ", ".join((*manifest.repos, *manifest.pipelines)) or "anything else"
+        table.append([manifest.name, manifest.description, chosen])
+    return "\n".join(_table(table, right=()))
+
+
+def _headline(plan: Plan) -> str:
+    commit = f" @ {plan.snapshot.commit[:12]}" if plan.snapshot.commit else ""
+    pipeline = f" ({plan.snapshot.pipeline})" if plan.snapshot.pipeline else ""
+    return f"{plan.snapshot.label}{commit}{pipeline}, manifest {plan.recipe.manifest.name}"
+
+
+def _table(table: list[list[str]], right: tuple[int, ...]) -> list[str]:
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    lines = []
+    for row in table:
+        cells = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return lines
+
+
+def _change(before: int, after: int) -> str:
+    share = f" ({100 * after / before:.1f}%)" if before else ""
+    return f"{_bytes(before)} -> {_bytes(after)}{share}"
+
+
+def _bytes(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"
+
+
+def _count(params: int) -> str:
+    return f"{params / 1e6:.1f}M" if params >= 1e5 else str(params)

@@ -1,0 +1,1 @@
+"""Load FP8 snapshots into diffusers pipelines."""

@@ -1,0 +1,1 @@
+"""Manifests: which weights of a model family become FP8, and why."""
