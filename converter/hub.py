@@ -6,25 +6,29 @@ Every failure of the Hub or the network becomes one ConvertError that says what 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, get_session, hf_hub_url, snapshot_download
+from huggingface_hub import HfApi, constants, get_cached_repo_tree, hf_hub_url, snapshot_download
 from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,
+    IncompleteSnapshotError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
 from .errors import ConvertError, ResumableError
 from .header import PREFIX_BYTES, Header, header_length, parse_header
+from .source import LocalFiles
 
 _FIRST_BYTES = 64 * 1024  # most headers fit; a longer one costs a second request
 
@@ -43,16 +47,15 @@ class HubFiles:
     """The files of a repository at the commit that `revision` names now; nothing but small files is downloaded."""
 
     def __init__(self, repo: str, options: HubOptions) -> None:
-        self._repo, self._options = repo, options
+        self._repo, self.options = repo, options
         self._api = HfApi(token=options.token)
         with translated(repo, options):
             info = self._api.repo_info(repo, revision=options.revision)
             assert info.sha is not None
             self.commit: str = info.sha
             tree = self._api.list_repo_tree(repo, recursive=True, revision=self.commit)
-            entries = [entry for entry in tree if isinstance(entry, RepoFile)]
-        self._sizes = {entry.path: int(entry.size) for entry in sorted(entries, key=lambda e: e.path)}
-        self._sha256 = {entry.path: entry.lfs.sha256 for entry in entries if entry.lfs is not None}
+            self.entries = [entry for entry in tree if isinstance(entry, RepoFile)]
+        self._sizes, self._sha256 = _listing(self.entries)
         self.label = repo
 
     def sizes(self) -> Mapping[str, int]:
@@ -65,9 +68,9 @@ class HubFiles:
         return None
 
     def read(self, path: str) -> bytes:
-        with translated(self._repo, self._options):
+        with translated(self._repo, self.options):
             return Path(
-                self._api.hf_hub_download(self._repo, path, revision=self.commit, cache_dir=self._options.cache_dir)
+                self._api.hf_hub_download(self._repo, path, revision=self.commit, cache_dir=self.options.cache_dir)
             ).read_bytes()
 
     def header(self, path: str) -> Header:
@@ -84,39 +87,69 @@ class HubFiles:
         if start == stop:
             return b""
         url = hf_hub_url(self._repo, path, revision=self.commit, endpoint=self._api.endpoint)
-        headers = {**build_hf_headers(token=self._options.token), "range": f"bytes={start}-{stop - 1}"}
-        with translated(self._repo, self._options):
-            response = get_session().get(
-                url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, follow_redirects=True
-            )
+        headers = {**build_hf_headers(token=self.options.token), "range": f"bytes={start}-{stop - 1}"}
+        with translated(self._repo, self.options):
+            response = http_backoff("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
             hf_raise_for_status(response)
             content = bytes(response.content)
-        if len(content) != stop - start:
-            raise ConvertError(f"The Hub sent {len(content)} bytes of {path} instead of {stop - start}; run again.")
+        if response.status_code != 206 or len(content) != stop - start:
+            raise ResumableError(f"The Hub did not send bytes {start} to {stop} of {path} as asked; run again.")
         return content
 
 
-def download(repo: str, commit: str, paths: list[str], options: HubOptions) -> Path:
-    """Download exactly `paths` at `commit` into the Hub cache; returns the snapshot's folder."""
+class CachedFiles(LocalFiles):
+    """A repository's commit in the Hub cache: all files of its listing count, those that are not here are errors."""
+
+    def __init__(self, repo: str, folder: Path, entries: Iterable[RepoFile]) -> None:
+        super().__init__(folder)
+        self.label = repo
+        self.commit = folder.name
+        self._sizes, self._sha256 = _listing(entries)
+
+    def sizes(self) -> Mapping[str, int]:
+        return self._sizes or super().sizes()
+
+    def sha256(self, path: str) -> str | None:
+        return self._sha256.get(path)
+
+    def local(self, path: str) -> Path:
+        if not (self.root / path).is_file():
+            raise ConvertError(f"{path} of {self.label} is not in the cache; go online once to fetch it.")
+        return super().local(path)
+
+
+def download(files: HubFiles, paths: list[str]) -> CachedFiles:
+    """Download exactly `paths` of a repository at its described commit into the Hub cache."""
+    repo, commit, options = files.label, files.commit, files.options
     patterns = [_literal(path) for path in paths]
     with translated(repo, options):
-        return Path(
+        folder = Path(
             snapshot_download(
-                repo,
-                revision=commit,
-                allow_patterns=patterns,
-                token=options.token,
-                cache_dir=options.cache_dir,
+                repo, revision=commit, allow_patterns=patterns, token=options.token, cache_dir=options.cache_dir
             )
         )
+    revision = options.revision or constants.DEFAULT_REVISION
+    if revision != commit:  # downloads by commit leave no ref, without which the revision is not found offline
+        ref = folder.parent.parent / "refs" / revision
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(commit)
+    return CachedFiles(repo, folder, files.entries)
 
 
-def cached(repo: str, options: HubOptions) -> Path:
-    """The folder of a repository that is in the cache already; no connection is made."""
+def cached(repo: str, options: HubOptions) -> CachedFiles:
+    """A repository's commit that is in the cache already, or a part of it; no connection is made."""
     with translated(repo, options):
-        return Path(
-            snapshot_download(repo, revision=options.revision, cache_dir=options.cache_dir, local_files_only=True)
-        )
+        try:
+            folder = snapshot_download(
+                repo, revision=options.revision, cache_dir=options.cache_dir, local_files_only=True
+            )
+        except IncompleteSnapshotError as error:  # the files that a conversion needs may all be there
+            folder = str(error.snapshot_path)
+        try:
+            entries = get_cached_repo_tree(repo, revision=options.revision, cache_dir=options.cache_dir)
+        except CachedRepoTreeNotFoundError:
+            entries = []
+    return CachedFiles(repo, Path(folder), entries)
 
 
 def is_offline(options: HubOptions) -> bool:
@@ -152,7 +185,7 @@ def translated(repo: str, options: HubOptions) -> Iterator[None]:
         raise ResumableError(
             f"The Hub answered {status} for {repo}{revision}; run the same command again in a while."
         ) from error
-    except _network_errors() as error:
+    except (HTTPError, OSError) as error:
         raise ResumableError(_unreachable(repo, error)) from error
 
 
@@ -161,11 +194,10 @@ def _unreachable(repo: str, error: Exception) -> str:
     return f"The Hub cannot be reached for {repo} ({reason}); check the connection, or use --local-files-only."
 
 
-def _network_errors() -> tuple[type[Exception], ...]:
-    """What the HTTP library below huggingface_hub raises: its name differs between versions."""
-    transport = type(get_session()).__mro__
-    module = __import__(next(c.__module__.partition(".")[0] for c in transport if "http" in c.__module__))
-    return (OSError, module.HTTPError)
+def _listing(entries: Iterable[RepoFile]) -> tuple[dict[str, int], dict[str, str]]:
+    """Sizes and, for what the Hub stores as large files, sha256 by path."""
+    files = sorted(entries, key=lambda entry: entry.path)
+    return {f.path: int(f.size) for f in files}, {f.path: f.lfs.sha256 for f in files if f.lfs is not None}
 
 
 def _literal(path: str) -> str:

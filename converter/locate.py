@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import ConvertError
-from .hub import HubFiles, HubOptions, cached, download, is_offline
-from .source import LocalFiles, Shard, Snapshot, describe, needed_files
+from .hub import CachedFiles, HubFiles, HubOptions, cached, download, is_offline
+from .source import LocalFiles, Snapshot, describe, needed_files
 
 
 @dataclass(frozen=True)
@@ -32,30 +32,20 @@ def open_source(source: str | os.PathLike[str], options: SourceOptions) -> Snaps
             f"The folder {text} does not exist; check the path, or give a Hub id such as Qwen/Qwen-Image."
         )
     if is_offline(options):
-        folder = cached(text, options)
-        return describe(LocalFiles(folder), repo=text, commit=_commit_of(folder), variant=options.variant)
+        return _described(cached(text, options), options)
     files = HubFiles(text, options)
     return describe(files, repo=text, commit=files.commit, variant=options.variant)
 
 
 def fetch(snapshot: Snapshot, options: SourceOptions) -> Snapshot:
     """The snapshot with all its files on this machine, downloaded at its commit if they are not."""
-    if all(shard.local is not None for c in snapshot.components for shard in c.shards):
+    if not isinstance(snapshot.files, HubFiles):
         return snapshot
-    assert snapshot.repo is not None
-    assert snapshot.commit is not None
-    folder = download(snapshot.repo, snapshot.commit, needed_files(snapshot), options)
-    local = describe(LocalFiles(folder), repo=snapshot.repo, commit=snapshot.commit, variant=options.variant)
-    digests = {shard.path: shard.sha256 for c in snapshot.components for shard in c.shards}
-
-    def expected(shard: Shard) -> Shard:
-        return replace(shard, sha256=digests.get(shard.path))
-
-    components = tuple(replace(c, shards=tuple(expected(s) for s in c.shards)) for c in local.components)
-    # The label stays the repository's: a message about a cache folder would help nobody.
-    return replace(local, label=snapshot.label, components=components)
+    return _described(download(snapshot.files, needed_files(snapshot)), options)
 
 
-def _commit_of(folder: Path) -> str | None:
-    """The commit of a Hub cache folder, which is its name."""
-    return folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
+def _described(files: CachedFiles, options: SourceOptions) -> Snapshot:
+    snapshot = describe(files, repo=files.label, commit=files.commit, variant=options.variant)
+    for path in needed_files(snapshot):
+        files.local(path)  # what is missing is said now, not when it is copied
+    return snapshot

@@ -1,0 +1,179 @@
+"""Conversion from a Hub served on loopback, with the real huggingface_hub client."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from fp8_convert.converter import ConvertError, convert, plan_conversion
+from fp8_convert.converter.cli import main
+from fp8_convert.converter.demo import build_tiny_pipeline
+from fp8_convert.converter.locate import SourceOptions
+from hub_server import Fault, HubServer, running_hub
+
+REPO = "Tongyi-MAI/Z-Image-Turbo"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pipeline with what Hub repositories carry beside it: pickles, duplicates, pictures."""
+    folder = tmp_path_factory.mktemp("hub") / "tiny"
+    build_tiny_pipeline(folder)
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(weights, folder / "transformer" / "diffusion_pytorch_model.fp16.safetensors")
+    shutil.copy(weights, folder / "z_image_single_file.safetensors")
+    (folder / "transformer" / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
+    (folder / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
+    (folder / "LICENSE").write_text("a licence")
+    (folder / "README.md").write_text("a card")
+    (folder / "assets").mkdir()
+    (folder / "assets" / "sample.png").write_bytes(b"png")
+    return folder
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    with running_hub(monkeypatch, tmp_path / "home") as server:
+        yield server
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def weight_bytes(folder: Path) -> int:
+    return sum(c.stat().st_size for c in folder.glob("*/*.safetensors") if ".fp16." not in c.name)
+
+
+def test_by_id_equals_by_folder(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
+    hub.add_repo(REPO, tiny)
+    convert(REPO, tmp_path / "by-id")
+    convert(tiny, tmp_path / "by-folder")
+    by_id, by_folder = contents(tmp_path / "by-id"), contents(tmp_path / "by-folder")
+    record = json.loads(by_id.pop("fp8_convert.json"))
+    del by_folder["fp8_convert.json"]
+    assert by_id == by_folder
+    assert record["source"] == {"repo": REPO, "commit": hub.commit(REPO), "pipeline": "ZImagePipeline"}
+    assert record["recipe"]["manifest"] == "z-image"
+
+
+def test_downloads_only_what_it_needs(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
+    hub.add_repo(REPO, tiny)
+    convert(REPO, tmp_path / "out")
+    asked = {r.file for r in hub.log if r.route != "api" and r.method == "GET"}
+    assert not [f for f in asked if f.endswith((".bin", ".png")) or ".fp16." in f or f.startswith("z_image_single")]
+    assert {"LICENSE", "README.md", "tokenizer/tokenizer.json", "scheduler/scheduler_config.json"} <= asked
+    assert hub.bytes_sent(".safetensors") < weight_bytes(tiny) * 1.05
+    assert (tmp_path / "out" / "LICENSE").read_text() == "a licence"
+
+
+def test_dry_run_transfers_headers_alone(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
+    hub.add_repo(REPO, tiny)
+    plan = plan_conversion(REPO)
+    assert hub.bytes_sent(".safetensors") < 0.05 * weight_bytes(tiny)
+    assert plan.to_json()["components"] == plan_conversion(tiny).to_json()["components"]
+    assert plan.bytes_to_write == plan_conversion(tiny).bytes_to_write
+    result = CliRunner().invoke(main, [REPO, "--dry-run", "--json"])
+    assert json.loads(result.stdout)["commit"] == hub.commit(REPO)
+
+
+def test_revision(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    build_tiny_pipeline(other, seed=1)
+    hub.add_repo(REPO, tiny)
+    hub.add_repo(REPO, other, revision="v2")
+    convert(REPO, tmp_path / "by-branch", revision="v2")
+    convert(REPO, tmp_path / "by-commit", revision=hub.commit(REPO, "v2"))
+    convert(other, tmp_path / "by-folder")
+    path = "transformer/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "by-branch" / path).read_bytes() == (tmp_path / "by-folder" / path).read_bytes()
+    assert contents(tmp_path / "by-branch") == contents(tmp_path / "by-commit")
+
+
+def test_offline_from_the_cache(hub: HubServer, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add_repo(REPO, tiny)
+    convert(REPO, tmp_path / "online")
+    hub.clear_log()
+    convert(REPO, tmp_path / "local-only", local_files_only=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    convert(REPO, tmp_path / "offline")
+    assert hub.log == []
+    assert contents(tmp_path / "online") == contents(tmp_path / "local-only") == contents(tmp_path / "offline")
+
+
+def test_variant(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
+    hub.add_repo(REPO, tiny)
+    convert(REPO, tmp_path / "out", variant="fp16")
+    asked = {r.file for r in hub.log if r.route == "cdn" and r.method == "GET"}
+    assert "transformer/diffusion_pytorch_model.fp16.safetensors" in asked
+    assert "vae/diffusion_pytorch_model.safetensors" in asked  # has no fp16 variant
+    assert (tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors").is_file()
+
+
+def test_token_reaches_the_hub_and_not_the_cdn(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
+    hub.add_repo(REPO, tiny, private_token="hf_secret")
+    plan_conversion(REPO, options=SourceOptions(token="hf_secret"))
+    assert {r.authorization for r in hub.log if r.route != "cdn"} == {"Bearer hf_secret"}
+    assert {r.authorization for r in hub.log if r.route == "cdn"} == {None}
+
+
+def test_a_branch_that_moves_midway_is_not_mixed(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    build_tiny_pipeline(other, seed=1)
+    hub.add_repo(REPO, tiny)
+    hub.move_branch(REPO, "main", other, after=6)
+    convert(REPO, tmp_path / "out")
+    convert(tiny, tmp_path / "by-folder")
+    path = "transformer/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "out" / path).read_bytes() == (tmp_path / "by-folder" / path).read_bytes()
+
+
+def test_wrong_bytes_are_refused(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
+    hub.add_repo(REPO, tiny)
+    hub.faults.append(Fault("wrong_bytes", "transformer/*.safetensors", offset=5_000_000, route="cdn", times=None))
+    with pytest.raises(ConvertError, match=r"transformer/.*differs from the Hub's digest"):
+        convert(REPO, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("prepare", "arguments", "message"),
+    [
+        ("missing", [], "does not exist on the Hub"),
+        ("gated", [], "is gated"),
+        ("present", ["--revision", "v9"], "has no revision 'v9'"),
+        ("present", ["--local-files-only"], "is not in the cache"),
+        ("unavailable", [], "The Hub answered 503"),
+    ],
+)
+def test_failures_are_one_sentence(
+    hub: HubServer, tiny: Path, tmp_path: Path, prepare: str, arguments: list[str], message: str
+) -> None:
+    if prepare != "missing":
+        hub.add_repo(REPO, tiny, gated=prepare == "gated")
+    if prepare == "unavailable":
+        hub.faults.append(Fault("status", "/api/*", status=503, times=None))
+    result = CliRunner().invoke(main, [REPO, "-o", str(tmp_path / "out"), *arguments])
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_that_is_down(hub: HubServer, tmp_path: Path) -> None:
+    hub.stop()
+    result = CliRunner().invoke(main, [REPO, "-o", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert "cannot be reached" in result.stderr
+    hub.start()
+
+
+def test_no_id_and_no_folder(hub: HubServer, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["./nowhere", "-o", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert "The folder ./nowhere does not exist" in result.stderr
