@@ -4,6 +4,7 @@ from .convert import Result, convert, plan_conversion
 from .errors import ConvertError, ResumableError
 from .inspection import Inspection, inspect
 from .plan import Plan
+from .verify import Verification, verify
 
 __all__ = [
     "ConvertError",
@@ -11,7 +12,9 @@ __all__ = [
     "Plan",
     "Result",
     "ResumableError",
+    "Verification",
     "convert",
     "inspect",
     "plan_conversion",
+    "verify",
 ]

@@ -23,10 +23,11 @@ from .manifest import shipped
 from .modules import quiet_libraries
 from .progress import for_terminal
 from .recipe import ACTIVATION_SCHEMES, tool_version
-from .render import render_inspection, render_manifests, render_plan, render_result
+from .render import render_inspection, render_manifests, render_plan, render_result, render_verification
+from .verify import verify
 
 F = TypeVar("F", bound=Callable[..., Any])
-_COMMANDS = ("convert", "inspect", "manifests", "demo")
+_COMMANDS = ("convert", "inspect", "verify", "manifests", "demo")
 
 
 class Group(DefaultGroup):  # type: ignore[misc]
@@ -151,6 +152,32 @@ def inspect_command(path: Path, as_json: bool) -> None:
         inspection = inspect(path)
         click.echo(json.dumps(inspection.to_json(), indent=2) if as_json else render_inspection(inspection))
         if any(c.problems for c in inspection.components):
+            sys.exit(1)
+
+
+@main.command("verify")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--source", help="Folder or Hub id it was converted from: compare codes and scales with it.")
+@click.option("--manifest", metavar="NAME|PATH", help="The manifest it was converted with, if it was your own.")
+@click.option("--revision", help="Branch, tag or commit of the Hub repository.")
+@click.option("--token", help="Hub token; by default the one you logged in with.")
+@click.option("--cache-dir", type=click.Path(path_type=Path), help="Hub cache to use.")
+@click.option("--local-files-only", is_flag=True, help="Use the Hub cache and make no connection.")
+@click.option("--variant", help="The variant it was converted from.")
+@_json_option
+def verify_command(path: Path, source: str | None, manifest: str | None, as_json: bool, **hub: Any) -> None:
+    """Check every digest, header, scale, index and config; exit code 1 if something is wrong.
+
+    \b
+    Example:
+      fp8-convert verify qwen-image-fp8
+      fp8-convert verify qwen-image-fp8 --source Qwen/Qwen-Image
+    """
+    with _errors():
+        options = SourceOptions(**hub)
+        found = verify(path, source=source, manifest=manifest, options=options, progress=for_terminal())
+        click.echo(json.dumps(found.to_json(), indent=2) if as_json else render_verification(found))
+        if not found.ok:
             sys.exit(1)
 
 

@@ -5,7 +5,6 @@ The answer comes from the shards' own headers; the record, where there is one, o
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from . import layout
 from .errors import ConvertError
 from .header import TensorInfo
 from .modules import module_map
+from .record import read_record
 from .source import Component, LocalFiles, describe
 
 _SCALES = (layout.WEIGHT_SCALE, layout.WEIGHT_SCALE_INV, layout.INPUT_SCALE)
@@ -69,7 +69,7 @@ def inspect(path: str | Path) -> Inspection:
     root = Path(path)
     if not root.is_dir():
         raise ConvertError(f"The folder {root} does not exist; check the path.")
-    record = _read_record(root)
+    record = read_record(root) or {}
     snapshot = describe(LocalFiles(root), allow_converted=True)
     recorded = record.get("components", {})
     source = record.get("source", {})
@@ -79,19 +79,6 @@ def inspect(path: str | Path) -> Inspection:
         source.get("repo") and f"{source['repo']} @ {source.get('commit')}",
         tuple(_view(c, recorded.get(c.name, {})) for c in snapshot.components),
     )
-
-
-def _read_record(root: Path) -> dict[str, Any]:
-    path = root / layout.RECORD_FILE
-    if not path.is_file():
-        return {}
-    try:
-        record = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ConvertError(f"{path} is not valid JSON; convert the snapshot again.") from error
-    if not isinstance(record, dict):
-        raise ConvertError(f"{path} is not a JSON object; convert the snapshot again.")
-    return record
 
 
 def _view(component: Component, record: dict[str, Any]) -> ComponentView:

@@ -8,6 +8,7 @@ from .convert import Result
 from .inspection import Inspection
 from .manifest import Manifest
 from .plan import Plan, rows
+from .verify import Verification
 
 
 def render_plan(plan: Plan) -> str:
@@ -57,6 +58,15 @@ def render_result(result: Result) -> str:
         f"wrote {result.output}: {_change(result.bytes_before, result.bytes_after)} in {result.seconds:.1f} s "
         f"({result.gigabytes_per_second:.2f} GB/s, peak RSS {result.peak_rss / 2**20:.0f} MiB{resumed})"
     )
+
+
+def render_verification(verification: Verification) -> str:
+    """The findings, one a line, and a verdict."""
+    lines = [f"{f.path}: {f.problem}" for f in verification.findings]
+    against = f", compared with {verification.compared_with}" if verification.compared_with else ""
+    checked = f"{verification.files} files, {verification.tensors} tensors{against}"
+    verdict = "ok" if verification.ok else f"{len(verification.findings)} findings"
+    return "\n".join([*lines, f"{verification.path}: {verdict} ({checked})"])
 
 
 def render_manifests(manifests: Sequence[Manifest]) -> str:
