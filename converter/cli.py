@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -100,6 +101,7 @@ def _json_option(function: F) -> F:
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--workers", type=click.IntRange(1), help="CPU threads for the arithmetic.")
+@click.option("--stream", is_flag=True, help="Hub id: download shard by shard and keep none; needs room for two.")
 @click.option("--force", is_flag=True, help="Replace a finished FP8 snapshot.")
 @click.option("--revision", help="Branch, tag or commit of the Hub repository.")
 @click.option("--token", help="Hub token; by default the one you logged in with.")
@@ -127,7 +129,7 @@ def convert_command(
         raise click.UsageError("Name the output folder with -o, or pass --dry-run.")
     with _errors():
         if dry_run:
-            for unused in ("device", "workers", "force"):
+            for unused in ("device", "workers", "stream", "force"):
                 del settings[unused]
             hub = ("revision", "token", "cache_dir", "local_files_only", "variant")
             options = SourceOptions(**{name: settings.pop(name) for name in hub})
@@ -227,7 +229,8 @@ class _errors:  # noqa: N801 - reads as a statement
             sys.exit(1)
         if isinstance(error, KeyboardInterrupt):
             click.echo("stopped; run the same command again to resume.", err=True)
-            sys.exit(130)
+            sys.stdout.flush()
+            os._exit(130)  # a download that is under way would hold up a normal exit
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:

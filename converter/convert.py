@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from .errors import ConvertError
+from .hub import HubFiles
 from .layout import RECORD_FILE, Block, encode_json
 from .locate import SourceOptions, fetch, open_source
 from .manifest import choose_manifest, load_manifest
@@ -26,7 +27,8 @@ from .record import make_record
 from .scales import read_input_scales
 from .schedule import scale_domain
 from .source import Snapshot
-from .stream import Engine, measure, stream_shard
+from .stream import Engine, stream_shard
+from .supply import StreamedSupply, Supply
 from .target import Done, Target, open_target, source_stat
 from .writing import FileWriter, file_sha256, write_small
 
@@ -107,6 +109,7 @@ def convert(
     input_scales: str | os.PathLike[str] | None = None,
     device: str = "auto",
     workers: int | None = None,
+    stream: bool = False,
     force: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -125,6 +128,7 @@ def convert(
     weight_block_size: (rows, columns) of a scale's block in the DiT; None is the manifest's choice (per tensor).
     activation_scheme: "dynamic", or "static" with input_scales, a safetensors file of `NAME.input_scale` scalars.
     device: "cpu", "cuda" or "auto"; the bytes are the same. workers: CPU threads for the arithmetic.
+    stream: for a Hub id, download shard by shard beside the conversion and keep none; needs room for two.
     force: replace a finished FP8 snapshot. revision, token, cache_dir, local_files_only: as in huggingface_hub.
     variant: takes `*.VARIANT.safetensors` where a component has them.
 
@@ -151,7 +155,8 @@ def convert(
         progress.say(f"note: {note}")
     with open_target(Path(output), force=force) as target:
         target.check_space(plan.bytes_to_write)
-        plan = _downloaded(plan, options)
+        if not stream:
+            plan = _downloaded(plan, options)
         if target.resume(_key(plan)):
             progress.say("the unfinished output of another source, recipe or version was dropped")
         resumed = _convert_shards(plan, target, engine, progress)
@@ -176,22 +181,27 @@ def peak_rss() -> int:
 def _convert_shards(plan: Plan, target: Target, engine: Engine, progress: Progress) -> int:
     """Convert every shard that an earlier run has not finished; returns how many were kept."""
     progress.start(plan.bytes_to_read + plan.bytes_read_twice)
-    resumed = 0
+    wanted = [s for s in plan.shards if not ((done := target.recheck(s.path)) and _same_source(s, done))]
+    progress.advance(sum(s.source.size for s in plan.shards) - sum(s.source.size for s in wanted))
     amaxes: dict[str, float] = {}
-    with engine:
-        for shard in plan.shards:
-            if (done := target.recheck(shard.path)) and _same_source(shard, done):
-                resumed += 1
-                progress.advance(shard.source.size)
-                continue
+    with engine, _supply(plan, target, wanted) as supply:
+        for planned in wanted:
+            shard = supply.take(planned)
             missing = [group for group in shard.schedule.measured if group not in amaxes]
             if missing:
                 siblings = [s for s in plan.shards if s.component == shard.component]
-                amaxes |= measure(siblings, missing, engine)
+                amaxes |= supply.measure(siblings, missing, engine)
                 progress.advance(_bytes_of(siblings, missing))
             target.add(_convert_shard(shard, target, engine, amaxes, plan.input_scales, progress))
+            supply.finished(shard)
     progress.close()
-    return resumed
+    return len(plan.shards) - len(wanted)
+
+
+def _supply(plan: Plan, target: Target, wanted: Sequence[ShardPlan]) -> Supply:
+    """Shards that are here, or those of a Hub repository that was only described."""
+    files = plan.snapshot.files
+    return StreamedSupply(files, target.sources, wanted) if isinstance(files, HubFiles) else Supply()
 
 
 def _convert_shard(
@@ -254,6 +264,8 @@ def _key(plan: Plan) -> str:
 
 def _same_source(shard: ShardPlan, done: Done) -> bool:
     """Whether the finished shard was made from the source as it is now."""
+    if shard.source.sha256 is not None:  # the Hub's word for it, at a fixed commit
+        return shard.source.sha256 == done.source_sha256
     assert shard.source.local is not None
     if source_stat(shard.source.local) == done.source_stat:
         return True

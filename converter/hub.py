@@ -75,14 +75,14 @@ class HubFiles:
 
     def header(self, path: str) -> Header:
         where, size = f"{path} in {self._repo}", self._sizes[path]
-        start = self._range(path, 0, min(_FIRST_BYTES, size))
+        start = self.range(path, 0, min(_FIRST_BYTES, size))
         length = header_length(start[:PREFIX_BYTES], size, where)
         raw = start[PREFIX_BYTES : PREFIX_BYTES + length]
         if len(raw) < length:
-            raw += self._range(path, PREFIX_BYTES + len(raw), PREFIX_BYTES + length)
+            raw += self.range(path, PREFIX_BYTES + len(raw), PREFIX_BYTES + length)
         return parse_header(raw, size, where)
 
-    def _range(self, path: str, start: int, stop: int) -> bytes:
+    def range(self, path: str, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of a file."""
         if start == stop:
             return b""
@@ -95,6 +95,11 @@ class HubFiles:
         if response.status_code != 206 or len(content) != stop - start:
             raise ResumableError(f"The Hub did not send bytes {start} to {stop} of {path} as asked; run again.")
         return content
+
+    def download_into(self, path: str, folder: Path) -> Path:
+        """Download one file to `folder/path`, past the cache; a partial download is taken up again."""
+        with translated(self._repo, self.options):
+            return Path(self._api.hf_hub_download(self._repo, path, revision=self.commit, local_dir=folder))
 
 
 class CachedFiles(LocalFiles):

@@ -124,7 +124,7 @@ def measure(shards: Sequence[ShardPlan], groups: Sequence[str], engine: Engine) 
                         tensor = members[segment.tensor]
                         x = _typed(_view(span, slot, segment, tensor), tensor).to(engine.device)
                         domain = scale_domain(tensor) or ""
-                        found[domain] = max(found[domain], _finite(amax(x), tensor, shard))
+                        found[domain] = max(found[domain], finite(amax(x), tensor, shard))
                     span.release()
         finally:
             os.close(fd)
@@ -267,7 +267,7 @@ class _ShardStream:
         largest = 0.0
         for part in parts:
             tensor = self.shard.tensors[part.segment.tensor]
-            largest = max(largest, _finite(part.amax.result(), tensor, self.shard))
+            largest = max(largest, finite(part.amax.result(), tensor, self.shard))
         scale = tensor_scale(largest)
         for part in parts:
             tensor = self.shard.tensors[part.segment.tensor]
@@ -311,7 +311,7 @@ class _ShardStream:
 
     def _block_scales(self, tensor: PlannedTensor, blocks: _Blocks) -> torch.Tensor:
         results = [row.result() for row in blocks.rows]
-        if not all(finite for _, _, finite in results):
+        if not all(ok for _, _, ok in results):
             raise _not_finite(tensor, self.shard)
         return _bytes(np.concatenate([scales for _, scales, _ in results]))
 
@@ -413,7 +413,7 @@ def _bytes(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(values).reshape(-1)).view(torch.uint8)
 
 
-def _finite(value: float, tensor: PlannedTensor, shard: ShardPlan) -> float:
+def finite(value: float, tensor: PlannedTensor, shard: ShardPlan) -> float:
     if not np.isfinite(value):
         raise _not_finite(tensor, shard)
     return value

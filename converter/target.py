@@ -62,6 +62,11 @@ class Target:
         """Where the output file `path` is written first."""
         return self._new / path
 
+    @property
+    def sources(self) -> Path:
+        """Where source shards lie while they are streamed."""
+        return self._staging / "source"
+
     def resume(self, key: str) -> bool:
         """Take up an earlier run with the same `key` (source, recipe, tool); returns whether there was another one.
 

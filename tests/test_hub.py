@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from fp8_convert.converter import ConvertError, convert, plan_conversion
+from fp8_convert.converter import ConvertError, ResumableError, convert, plan_conversion
 from fp8_convert.converter.cli import main
 from fp8_convert.converter.demo import build_tiny_pipeline
 from fp8_convert.converter.locate import SourceOptions
+from fp8_convert.converter.progress import Silent
 from hub_server import Fault, HubServer, running_hub
+from pipelines import saved
 
 REPO = "Tongyi-MAI/Z-Image-Turbo"
 
@@ -138,6 +140,64 @@ def test_wrong_bytes_are_refused(hub: HubServer, tiny: Path, tmp_path: Path) -> 
     with pytest.raises(ConvertError, match=r"transformer/.*differs from the Hub's digest"):
         convert(REPO, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+class Watch(Silent):
+    """Counts the source shards beside the output whenever the conversion reports progress."""
+
+    def __init__(self, output: Path) -> None:
+        self.folder = output / ".fp8-convert" / "source"
+        self.most = 0
+
+    def advance(self, count: int) -> None:
+        self.most = max(self.most, len(list(self.folder.rglob("*.safetensors"))))
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline whose DiT lies in many shards, with fusion groups across them."""
+    return saved("z_image", max_shard_size="300KB")
+
+
+def test_stream_keeps_two_source_shards_at_most(hub: HubServer, sharded: Path, tmp_path: Path) -> None:
+    hub.add_repo(REPO, sharded)
+    convert(sharded, tmp_path / "by-folder")
+    watch = Watch(tmp_path / "out")
+    result = convert(REPO, tmp_path / "out", stream=True, progress=watch)
+    assert any(s.schedule.measured for s in result.plan.shards)  # groups in far shards, fetched by range
+    assert 0 < watch.most <= 2
+    streamed, local = contents(tmp_path / "out"), contents(tmp_path / "by-folder")
+    del streamed["fp8_convert.json"], local["fp8_convert.json"]
+    assert streamed == local
+    assert not list((tmp_path / "home").rglob("*.safetensors"))  # nothing went through the cache
+
+
+@pytest.mark.parametrize("kind", ["cut", "reset", "status"])
+def test_stream_resumes_after_a_lost_connection(hub: HubServer, sharded: Path, tmp_path: Path, kind: str) -> None:
+    hub.add_repo(REPO, sharded)
+    convert(sharded, tmp_path / "by-folder")
+    fault = Fault(
+        kind,
+        "transformer/*00015-of-*.safetensors",
+        after=20_000,
+        status=503,
+        times=None,
+        method="GET",
+        route="cdn",
+        skip=1,
+    )  # type: ignore[arg-type]
+    hub.faults.append(fault)
+    with pytest.raises(ResumableError):
+        convert(REPO, tmp_path / "out", stream=True)
+    assert fault.hits
+    assert not (tmp_path / "out" / "model_index.json").exists()
+    hub.faults.clear()
+    hub.clear_log()
+    result = convert(REPO, tmp_path / "out", stream=True)
+    assert result.resumed_shards > 5
+    streamed, local = contents(tmp_path / "out"), contents(tmp_path / "by-folder")
+    del streamed["fp8_convert.json"], local["fp8_convert.json"]
+    assert streamed == local
 
 
 @pytest.mark.parametrize(
