@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test check lint clean
+.PHONY: demo test check lint faults clean
 
 demo: $(VENV)/ready
 	$(BIN)/fp8-convert demo
@@ -19,6 +19,10 @@ lint: $(VENV)/ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Hundreds of random kills, full disks and read errors: some twenty minutes.
+faults: $(VENV)/ready-test
+	FP8_CONVERT_FAULTS=300 $(BIN)/python -m pytest tests/test_faults.py -s
 
 clean:
 	rm -rf $(VENV) build dist demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -39,7 +39,7 @@ class Group(DefaultGroup):  # type: ignore[misc]
         assert command is not None
         formatter.write_usage("fp8-convert", "SOURCE -o OUT [OPTIONS]   or   fp8-convert COMMAND …")
         command.format_help_text(ctx, formatter)
-        command.format_options(click.Context(command, info_name="fp8-convert"), formatter)
+        command.format_options(click.Context(command, info_name="fp8-convert", parent=ctx), formatter)
         self.format_commands(ctx, formatter)
 
 
@@ -47,13 +47,16 @@ class Conversion(click.Command):
     """The default command; a SOURCE that looks like a mistyped command is caught before the Hub is asked."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        self._suggest(args[0] if args else "")  # before click complains of what follows it
         rest = super().parse_args(ctx, args)
-        source = ctx.params.get("source")
-        if isinstance(source, str) and "/" not in source and not Path(source).exists():
+        self._suggest(ctx.params.get("source") or "")
+        return rest
+
+    def _suggest(self, source: str) -> None:
+        if "/" not in source and not Path(source).exists():
             near = difflib.get_close_matches(source, _COMMANDS, n=1, cutoff=0.7)
             if near:
                 raise click.UsageError(f"{source!r} is no folder; did you mean the command `fp8-convert {near[0]}`?")
-        return rest
 
 
 class Names(click.ParamType):  # type: ignore[type-arg]
@@ -225,7 +228,7 @@ class _errors:  # noqa: N801 - reads as a statement
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._quiet.__exit__(None, None, None)
         if isinstance(error, ConvertError):
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {' '.join(str(error).splitlines())}", err=True)  # one line, whatever a name holds
             sys.exit(1)
         if isinstance(error, KeyboardInterrupt):
             click.echo("stopped; run the same command again to resume.", err=True)

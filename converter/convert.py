@@ -183,16 +183,17 @@ def _convert_shards(plan: Plan, target: Target, engine: Engine, progress: Progre
     progress.start(plan.bytes_to_read + plan.bytes_read_twice)
     wanted = [s for s in plan.shards if not ((done := target.recheck(s.path)) and _same_source(s, done))]
     progress.advance(sum(s.source.size for s in plan.shards) - sum(s.source.size for s in wanted))
-    amaxes: dict[str, float] = {}
+    amaxes: dict[str, dict[str, float]] = {}  # by component: transformer_2 has the names of transformer
     with engine, _supply(plan, target, wanted) as supply:
         for planned in wanted:
             shard = supply.take(planned)
-            missing = [group for group in shard.schedule.measured if group not in amaxes]
+            known = amaxes.setdefault(shard.component, {})
+            missing = [group for group in shard.schedule.measured if group not in known]
             if missing:
                 siblings = [s for s in plan.shards if s.component == shard.component]
-                amaxes |= supply.measure(siblings, missing, engine)
+                known |= supply.measure(siblings, missing, engine)
                 progress.advance(_bytes_of(siblings, missing))
-            target.add(_convert_shard(shard, target, engine, amaxes, plan.input_scales, progress))
+            target.add(_convert_shard(shard, target, engine, known, plan.input_scales, progress))
             supply.finished(shard)
     progress.close()
     return len(plan.shards) - len(wanted)

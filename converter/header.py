@@ -137,6 +137,8 @@ def _load_json(raw: bytes, where: str) -> dict[str, Any]:
 
     try:
         entries = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        if b"\\u" in raw:
+            json.dumps(entries, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError) as error:  # ValueError: bad JSON or not UTF-8
         raise _corrupt(where, "it is not valid JSON") from error
     if not isinstance(entries, dict):

@@ -185,6 +185,7 @@ def _fusion_group(table: _Table) -> FusionGroup:
     table.done()
     if len(group.members) < 2:
         raise ConvertError(f"{table.where}: a fusion group needs at least two members; add them.")
+    matches(group.parent, "")
     return group
 
 
@@ -198,9 +199,9 @@ class _Table:
         self._known: list[str] = []
         self.where = where
 
-    def _take(self, key: str) -> Any:
+    def _take(self, key: str, default: Any = None) -> Any:
         self._known.append(key)
-        return self._data.pop(key, None)
+        return self._data.pop(key, default)
 
     def _wrong(self, key: str, need: str) -> ConvertError:
         return ConvertError(f"{self.where}: {key!r} must be {need}; correct it.")
@@ -214,7 +215,7 @@ class _Table:
         return value
 
     def texts(self, key: str, allowed: tuple[str, ...] | None = None) -> tuple[str, ...]:
-        value = self._take(key) or []
+        value = self._take(key, [])
         if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
             raise self._wrong(key, "a list of texts")
         if allowed is not None and not set(value) <= set(allowed):
@@ -237,13 +238,13 @@ class _Table:
         return value[0], value[1]
 
     def array(self, key: str) -> list[_Table]:
-        value = self._take(key) or []
+        value = self._take(key, [])
         if not isinstance(value, list):
             raise self._wrong(key, "an array of tables")
         return [_Table(v, f"{self.where}, {key}[{i}]") for i, v in enumerate(value)]
 
     def tables(self, key: str) -> dict[str, _Table]:
-        value = self._take(key) or {}
+        value = self._take(key, {})
         if not isinstance(value, dict):
             raise self._wrong(key, "a table")
         return {k: _Table(v, f"{self.where}, {key}.{k}") for k, v in value.items()}

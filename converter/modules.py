@@ -6,6 +6,7 @@ No weights are read and no remote code runs: only classes of the installed diffu
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -64,7 +65,8 @@ def build_on_meta(library: str, class_name: str | None, config: Mapping[str, Any
     if cls is None:
         raise LookupError(f"{library} {module.__version__} has no class {class_name}")
     settings = {k: v for k, v in config.items() if k != "quantization_config"}
-    with torch.device("meta"), quiet_libraries():
+    with torch.device("meta"), quiet_libraries(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what a class deprecates inside itself is not for a converter's user
         if library == "diffusers":
             built = cls.from_config(settings)
         else:

@@ -22,7 +22,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     if pattern.startswith("re:"):
         try:
             return re.compile(pattern[3:])
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ConvertError(
                 f"The pattern {pattern!r} is no valid regular expression ({error}); correct it."
             ) from error

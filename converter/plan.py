@@ -217,13 +217,13 @@ def _check_unquantized(component: Component, snapshot: Snapshot) -> None:
         raise ConvertError(f"{label} is already quantised (quant_method {method!r}); {advice}.")
     names = {t.name for t in component.tensors}
     for tensor in component.tensors:
+        if tensor.name.endswith(_QUANTIZED_SUFFIXES) or tensor.name in ("scaled_fp8", "weight_scale"):
+            raise ConvertError(f"{label} is already quantised (it has {tensor.name}); {advice}.")
         if tensor.dtype in _QUANTIZED_DTYPES:
             module = tensor.name.removesuffix(layout.WEIGHT)
             if not any(module + s in names for s in (*_QUANTIZED_SUFFIXES, ".scale")):
                 raise ConvertError(f"{tensor.name} in {label} holds {tensor.dtype} codes without a scale; {advice}.")
             raise ConvertError(f"{label} is already quantised ({tensor.name} is {tensor.dtype}); {advice}.")
-        if tensor.name.endswith(_QUANTIZED_SUFFIXES) or tensor.name in ("scaled_fp8", "weight_scale"):
-            raise ConvertError(f"{label} is already quantised (it has {tensor.name}); {advice}.")
 
 
 def _decide_all(

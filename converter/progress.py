@@ -78,6 +78,7 @@ class Lines:
     def close(self) -> None: ...
 
 
-def for_terminal(out: TextIO = sys.stderr) -> Progress:
-    """A bar if `out` is a terminal, else plain lines."""
+def for_terminal(out: TextIO | None = None) -> Progress:
+    """A bar if `out` (stderr by default) is a terminal, else plain lines."""
+    out = out or sys.stderr
     return Bar(out) if out.isatty() else Lines(out)

@@ -14,7 +14,9 @@ scale known, their codes come from a table of that size, which the same formula 
 
 from __future__ import annotations
 
+import math
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -27,22 +29,22 @@ SOURCE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.floa
 
 _CHUNK = 256 * 1024  # elements: 1 MiB of float32 scratch stays in the L2 cache
 _TABLE_FROM = 65_536  # elements from which building a table pays
-_TILE_COLUMNS = 2048
 
 Block = tuple[int, int]
 
 
 class _Scratch(threading.local):
-    """Per-thread buffers that the CPU paths reuse: fresh allocations cost more than the arithmetic."""
+    """Per-thread memory that the CPU paths reuse: fresh allocations cost more than the arithmetic."""
 
     def __init__(self) -> None:
-        self.floats = torch.empty(_CHUNK, dtype=torch.float32)
-        self.indices = torch.empty(_CHUNK, dtype=torch.int32)
+        self._memory = torch.empty(_CHUNK, dtype=torch.int32)
 
-    def tile(self, rows: int, columns: int) -> torch.Tensor:
-        if rows * columns > self.floats.numel():
-            self.floats = torch.empty(rows * columns, dtype=torch.float32)
-        return self.floats[: rows * columns].view(rows, columns)
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised tensor of a dtype of at most 4 bytes; the next call gives the same memory."""
+        numel = math.prod(shape)
+        if numel > self._memory.numel():
+            self._memory = torch.empty(numel, dtype=torch.int32)
+        return self._memory.view(dtype)[:numel].view(shape)
 
 
 _scratch = _Scratch()
@@ -79,68 +81,93 @@ class TensorQuantizer:
         self._table: torch.Tensor | None = None
         if dtype.itemsize == 2 and numel >= _TABLE_FROM:
             every_value = torch.arange(65_536, dtype=torch.int32).to(torch.uint16).view(dtype)
-            self._table = self._arithmetic(every_value).to(device)
+            self._table = self._arithmetic(every_value, torch.empty(65_536, dtype=torch.uint8)).to(device)
 
-    def codes(self, x: torch.Tensor) -> torch.Tensor:
-        """uint8 codes [numel] of a contiguous float tensor x, on its device."""
+    def codes(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """uint8 codes [numel] of a contiguous float tensor x, on its device.
+
+        out: where to put them, uint8 [numel]; on the CPU it may be the first bytes of x itself, which is then lost.
+        """
         x = x.reshape(-1)
-        return self._arithmetic(x) if self._table is None else self._look_up(x, self._table)
+        out = _new_codes(x) if out is None else out
+        return self._arithmetic(x, out) if self._table is None else self._look_up(x, self._table, out)
 
-    def _arithmetic(self, x: torch.Tensor) -> torch.Tensor:
-        if x.is_cuda:
-            return (x.float() * self._reciprocal).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
-        out = torch.empty(x.numel(), dtype=torch.float8_e4m3fn)
-        for start in range(0, x.numel(), _CHUNK):
-            piece = x[start : start + _CHUNK]
-            floats = _scratch.floats[: piece.numel()]
-            floats.copy_(piece).mul_(self._reciprocal).clamp_(-E4M3_MAX, E4M3_MAX)
-            out[start : start + _CHUNK].copy_(floats)
-        return out.view(torch.uint8)
+    def _arithmetic(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        codes = out.view(torch.float8_e4m3fn)
+        for start in range(0, x.numel(), step := _step(x)):
+            piece = x[start : start + step]
+            floats = _scratch_like(piece, torch.float32).copy_(piece)
+            codes[start : start + step].copy_(floats.mul_(self._reciprocal).clamp_(-E4M3_MAX, E4M3_MAX))
+        return out
 
-    def _look_up(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    def _look_up(self, x: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         bits = x.view(torch.uint16)
-        if x.is_cuda:
-            return torch.index_select(table, 0, bits.to(torch.int32))
-        out = torch.empty(bits.numel(), dtype=torch.uint8)
-        for start in range(0, bits.numel(), _CHUNK):
-            piece = bits[start : start + _CHUNK]
-            indices = _scratch.indices[: piece.numel()].copy_(piece)
-            torch.index_select(table, 0, indices, out=out[start : start + _CHUNK])
+        for start in range(0, x.numel(), step := _step(x)):
+            piece = bits[start : start + step]
+            indices = _scratch_like(piece, torch.int32).copy_(piece)
+            torch.index_select(table, 0, indices, out=out[start : start + step])
         return out
 
 
-def quantize_blocks(x: torch.Tensor, block: Block) -> tuple[torch.Tensor, npt.NDArray[np.float32], bool]:
+def quantize_blocks(
+    x: torch.Tensor, block: Block, out: torch.Tensor | None = None
+) -> tuple[torch.Tensor, npt.NDArray[np.float32], bool]:
     """Codes and scales of rows that start at a block's first row.
 
     x: float [R, K], contiguous. Returns uint8 codes [R * K] on x's device, float32 scales [ceil(R/bn), ceil(K/bk)]
-    and whether every element is finite. Edge blocks count as padded with zeros.
+    and whether every element is finite. Edge blocks count as padded with zeros. out: as in TensorQuantizer.codes.
     """
     rows, columns = x.shape
-    codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=x.device)
-    scales = np.empty((-(-rows // block[0]), -(-columns // block[1])), dtype=np.float32)
-    finite = True
-    tile_columns = columns if x.is_cuda else max(block[1], _TILE_COLUMNS // block[1] * block[1])
-    for row in range(0, rows, block[0]):
-        for column in range(0, columns, tile_columns):
-            part = (slice(row, row + block[0]), slice(column, min(column + tile_columns, columns)))
-            tile_amax = _quantize_tile(x[part], codes[part], block[1])
-            finite &= bool(np.isfinite(tile_amax).all())
-            first = column // block[1]
-            scales[row // block[0], first : first + tile_amax.size] = block_scales(tile_amax)
-    return codes.view(torch.uint8).reshape(-1), scales, finite
+    largest = _block_amax(x, block)
+    scales = block_scales(largest)
+    reciprocals = np.repeat(np.float32(1) / scales, min(block[1], columns), axis=1)[:, :columns]
+    factors = torch.from_numpy(reciprocals).to(x.device)
+    out = _new_codes(x) if out is None else out
+    codes = out.view(torch.float8_e4m3fn).view(rows, columns)
+    for strip, part in _strips(x, block[0]):
+        floats = _scratch_like(x[part], torch.float32).copy_(x[part])
+        codes[part].copy_(floats.mul_(factors[strip]).clamp_(-E4M3_MAX, E4M3_MAX))
+    return out, scales, bool(np.isfinite(largest).all())
 
 
-def _quantize_tile(x: torch.Tensor, codes: torch.Tensor, width: int) -> npt.NDArray[np.float32]:
-    """Fill `codes` (float8 [r, c]) from x (float [r, c]), one row of blocks; returns the blocks' amax, float32."""
+def _block_amax(x: torch.Tensor, block: Block) -> npt.NDArray[np.float32]:
+    """max|w| of every block of x, float32; NaN where a block holds one.
+
+    Magnitudes of floats order as their bits do, NaN last, and the maximum of integers is the faster one.
+    """
     rows, columns = x.shape
-    padded = -(-columns // width) * width
-    tile = x.new_empty(rows, padded, dtype=torch.float32) if x.is_cuda else _scratch.tile(rows, padded)
-    tile[:, :columns].copy_(x)
-    tile[:, columns:] = 0
-    blocks = tile.view(rows, -1, width)
-    low, high = blocks.amin(dim=(0, 2)), blocks.amax(dim=(0, 2))
-    tile_amax: npt.NDArray[np.float32] = torch.maximum(low.abs(), high.abs()).cpu().numpy()
-    reciprocals = torch.from_numpy(np.float32(1) / block_scales(tile_amax)).to(x.device)
-    blocks.mul_(reciprocals.view(1, -1, 1)).clamp_(-E4M3_MAX, E4M3_MAX)
-    codes.copy_(tile[:, :columns])
-    return tile_amax
+    width = min(block[1], columns)
+    integer, magnitude = (torch.int16, 0x7FFF) if x.itemsize == 2 else (torch.int32, 0x7FFFFFFF)
+    bits = x.view(integer)
+    largest = bits.new_zeros(-(-rows // block[0]), -(-columns // width) * width)
+    for strip, part in _strips(x, block[0]):
+        magnitudes = torch.bitwise_and(bits[part], magnitude, out=_scratch_like(bits[part], integer))
+        row = largest[strip, :columns]
+        torch.maximum(row, magnitudes.amax(dim=0), out=row)
+    blocks = largest.view(largest.shape[0], -1, width).amax(dim=2)
+    values: npt.NDArray[np.float32] = blocks.view(x.dtype).float().cpu().numpy()
+    return values
+
+
+def _strips(x: torch.Tensor, height: int) -> Iterator[tuple[int, slice]]:
+    """x [R, K] in strips of at most `height` rows and about a step's elements: (number of its row of blocks, rows)."""
+    rows, columns = x.shape
+    step = max(1, _step(x) // columns)
+    for top in range(0, rows, height):
+        bottom = min(top + height, rows)
+        for row in range(top, bottom, step):
+            yield top // height, slice(row, min(row + step, bottom))
+
+
+def _step(x: torch.Tensor) -> int:
+    """How many elements to work on at a time: what fits the cache on the CPU, all of them on a GPU."""
+    return max(1, x.numel()) if x.is_cuda else _CHUNK
+
+
+def _new_codes(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(x.numel(), dtype=torch.uint8, device=x.device)
+
+
+def _scratch_like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Memory of x's shape on x's device."""
+    return x.new_empty(x.shape, dtype=dtype) if x.is_cuda else _scratch.take(tuple(x.shape), dtype)

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from .errors import ConvertError
+from .errors import ConvertError, ResumableError
 
 
 class Hasher(Protocol):
@@ -144,7 +144,7 @@ def read_exactly(fd: int, view: memoryview, offset: int, where: str) -> None:
         try:
             count = os.preadv(fd, [view[done:]], offset + done)
         except OSError as error:
-            raise ConvertError(f"{where} cannot be read ({error.strerror}); check the disk and run again.") from error
+            raise ResumableError(f"{where} cannot be read ({error.strerror}); check the disk and run again.") from error
         if count == 0:
             raise ConvertError(f"{where} became shorter while it was read; check the source and run again.")
         done += count

@@ -131,7 +131,8 @@ def split_unit(tensor: PlannedTensor) -> int:
         return 1
     if tensor.decision.block is None:
         return tensor.info.itemsize
-    return tensor.decision.block[0] * tensor.info.shape[1] * tensor.info.itemsize
+    rows = min(tensor.decision.block[0], tensor.info.shape[0])
+    return rows * tensor.info.shape[1] * tensor.info.itemsize
 
 
 def _out_bytes(tensor: PlannedTensor) -> int:

@@ -208,8 +208,11 @@ def _entries(files: Files, model_index: Mapping[str, Any]) -> list[tuple[str, st
             continue
         if not all(isinstance(v, str) for v in value):
             continue  # [null, null]: an optional component that this snapshot does without
-        if PurePosixPath(name).name != name or name in ("", ".", ".."):
-            raise ConvertError(f"{MODEL_INDEX} in {files.label} names the component {name!r}, which is no folder name.")
+        if PurePosixPath(name).name != name or name in ("", ".", "..") or not name.isprintable():
+            raise ConvertError(
+                f"{MODEL_INDEX} in {files.label} names the component {name!r}, which is no folder name; "
+                "download it again."
+            )
         entries.append((name, value[0], value[1]))
     return entries
 
@@ -289,7 +292,8 @@ def _shards_of(files: Files, index: str, names: list[str], label: str) -> list[s
     for tensor, shard in weight_map.items():
         if PurePosixPath(shard).name != shard or not shard.endswith(".safetensors") or not shard.isprintable():
             raise ConvertError(
-                f"{index} in {files.label} puts {tensor!r} into {shard!r}, which is no shard of {label}."
+                f"{index} in {files.label} puts {tensor!r} into {shard!r}, which is no shard of {label}; "
+                "download it again."
             )
         if shard not in names:
             raise ConvertError(f"{index} in {files.label} names the shard {shard}, which is missing; download it.")
@@ -337,3 +341,4 @@ def _is_sidecar(path: str, folders: set[str]) -> bool:
 def _check_plain(path: str, files: Files) -> None:
     if not path.isprintable():
         raise ConvertError(f"{files.label} holds a file whose name has control characters ({path!r}); rename it.")
+    files.local(path)  # refuses a link that leaves the snapshot now, not when the file is copied

@@ -22,7 +22,7 @@ import torch
 
 from .decide import PlannedTensor
 from .errors import ConvertError
-from .layout import INPUT_SCALE, scale_key
+from .layout import INPUT_SCALE, W8A8, scale_key
 from .plan import ShardPlan
 from .quantize import SOURCE_DTYPES, TensorQuantizer, amax, quantize_blocks, tensor_scale
 from .reading import BufferPool, Hasher, Span, SpanReader, open_for_reading, read_exactly
@@ -173,7 +173,7 @@ class _ShardStream:
         self.input_scales = input_scales
         self.data_start = shard.source.header.data_start
         self.last = {d: i for i, t in enumerate(shard.tensors) if (d := scale_domain(t)) is not None}
-        self.scales = {domain: tensor_scale(value) for domain, value in amaxes.items()}
+        self.scales = {domain: tensor_scale(amaxes[domain]) for domain in self.schedule.measured}
         self.quantizers: dict[int, TensorQuantizer] = {}
         self.waiting: dict[str, list[_Part]] = {}
         self.blocks: dict[int, _Blocks] = {}
@@ -288,7 +288,7 @@ class _ShardStream:
             quantizer = TensorQuantizer(scale, dtype, tensor.info.numel, self.engine.device)
             self.quantizers[segment.tensor] = quantizer
         offset = segment.start // tensor.info.itemsize
-        self._emit(tensor.info.name, offset, self.engine.submit(partial(quantizer.codes, x)), span)
+        self._emit(tensor.info.name, offset, self.engine.submit(partial(quantizer.codes, x, _in_place(x))), span)
         if segment.stop == tensor.info.nbytes:
             del self.quantizers[segment.tensor]
             if with_scale:
@@ -299,7 +299,7 @@ class _ShardStream:
     ) -> None:
         assert tensor.decision.block is not None
         rows = x.view(-1, tensor.info.shape[1])
-        quantized = self.engine.submit(partial(quantize_blocks, rows, tensor.decision.block))
+        quantized = self.engine.submit(partial(quantize_blocks, rows, tensor.decision.block, _in_place(x)))
         blocks = self.blocks.setdefault(segment.tensor, _Blocks())
         blocks.rows.append(quantized)
         codes = _then(quantized, lambda result: result[0])
@@ -381,7 +381,9 @@ def _then(future: Future[T], take: Callable[[T], torch.Tensor]) -> Future[torch.
     chained: Future[torch.Tensor] = Future()
 
     def pass_on(finished: Future[T]) -> None:
-        if error := finished.exception():
+        if finished.cancelled():
+            chained.cancel()
+        elif error := finished.exception():
             chained.set_exception(error)
         else:
             chained.set_result(take(finished.result()))
@@ -409,6 +411,11 @@ def _typed(view: torch.Tensor, tensor: PlannedTensor) -> torch.Tensor:
     return view.view(SOURCE_DTYPES[tensor.info.dtype])
 
 
+def _in_place(x: torch.Tensor) -> torch.Tensor | None:
+    """Where x's codes go: on the CPU over x itself, so that they need no memory of their own."""
+    return None if x.is_cuda else x.view(-1).view(torch.uint8)[: x.numel()]
+
+
 def _bytes(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(values).reshape(-1)).view(torch.uint8)
 
@@ -420,7 +427,11 @@ def finite(value: float, tensor: PlannedTensor, shard: ShardPlan) -> float:
 
 
 def _not_finite(tensor: PlannedTensor, shard: ShardPlan) -> ConvertError:
+    # --ignored-layers reaches the DiTs alone; any other component can only be left out whole.
+    keep = f"keep its layer with --ignored-layers {tensor.module}"
+    if tensor.decision.mode != W8A8:
+        keep = "leave its component out by naming the others with --component"
     return ConvertError(
         f"{tensor.info.name} in {shard.source.path} holds NaN or Inf, which FP8 cannot scale; repair the weight or "
-        f"keep its layer with --ignored-layers {tensor.module}."
+        f"{keep}."
     )

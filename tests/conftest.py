@@ -1,0 +1,15 @@
+"""Tests marked `gpu` are skipped without a CUDA device that multiplies FP8."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9):
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device of compute capability 8.9 or newer")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
