@@ -14,7 +14,7 @@ from . import layout
 from .errors import ConvertError
 from .header import TensorInfo
 from .modules import module_map
-from .record import read_record
+from .record import check_record, read_record
 from .source import Component, LocalFiles, describe
 
 _SCALES = (layout.WEIGHT_SCALE, layout.WEIGHT_SCALE_INV, layout.INPUT_SCALE)
@@ -70,15 +70,22 @@ def inspect(path: str | Path) -> Inspection:
     if not root.is_dir():
         raise ConvertError(f"The folder {root} does not exist; check the path.")
     record = read_record(root) or {}
+    damaged = bool(record) and any(check_record(root))
+    if damaged:  # its reasons cannot be believed, and perhaps not even be read
+        record = {}
     snapshot = describe(LocalFiles(root), allow_converted=True)
     recorded = record.get("components", {})
     source = record.get("source", {})
     return Inspection(
         str(root),
-        f"fp8-convert {record['tool_version']}" if "tool_version" in record else None,
+        "fp8-convert, with a damaged record: run verify" if damaged else _tool(record),
         source.get("repo") and f"{source['repo']} @ {source.get('commit')}",
         tuple(_view(c, recorded.get(c.name, {})) for c in snapshot.components),
     )
+
+
+def _tool(record: dict[str, Any]) -> str | None:
+    return f"fp8-convert {record['tool_version']}" if "tool_version" in record else None
 
 
 def _view(component: Component, record: dict[str, Any]) -> ComponentView:
@@ -94,13 +101,15 @@ def _view(component: Component, record: dict[str, Any]) -> ComponentView:
     names = {t.name for t in component.tensors}
     config = component.config.get(layout.CONFIG_KEY)
     config = config if isinstance(config, dict) else {}
+    ignored = config.get("ignored_layers")
+    ignored = ignored if isinstance(ignored, list) else []
     sums: dict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0, 0, 0])
     problems = []
     for tensor in component.tensors:
         module = tensor.name.removesuffix(layout.WEIGHT)
         kind = kinds.get(module) if tensor.name.endswith(layout.WEIGHT) else None
         what, mode, scheme = _classify(tensor, modules)
-        why = _why(what, mode, kind, record, module in config.get("ignored_layers", ()))
+        why = _why(what, mode, kind, record, module in ignored)
         total = sums[what, mode, scheme, kind, tensor.dtype, why]
         for i, value in enumerate((1, tensor.numel, tensor.nbytes)):
             total[i] += value

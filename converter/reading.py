@@ -1,7 +1,8 @@
 """Reading spans of a file, ahead of their use, into a bounded set of reused buffers.
 
-Spans are delivered in the order asked for. With a hash object one thread reads, so that it sees the bytes in file
-order; without, several do. What was read is dropped from the page cache behind, except where it is read again.
+Spans are delivered in the order asked for. A hash object is fed in that order too, by a thread of its own: hashing
+is the slowest of all steps that cannot be shared out. What was read is dropped from the page cache behind, except
+where it is read again.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ class SpanReader:
         self._hasher, self._drop_behind = hasher, drop_behind
         self._next = 0
         self._reads: deque[tuple[Future[torch.Tensor], torch.Tensor]] = deque()
-        self._executor = ThreadPoolExecutor(1 if hasher else threads, thread_name_prefix="fp8-read")
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="fp8-read")
+        self._hashing = ThreadPoolExecutor(1, "fp8-hash")
         self._fill()
 
     def done(self) -> bool:
@@ -114,7 +116,8 @@ class SpanReader:
     def close(self) -> None:
         """Stop reading and wait until no thread writes into a buffer any more."""
         self._next = len(self._spans)
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        for executor in (self._executor, self._hashing):
+            executor.shutdown(wait=True, cancel_futures=True)
         for _, buffer in self._reads:
             self._pool.give_back(buffer)
         self._reads.clear()
@@ -122,7 +125,10 @@ class SpanReader:
     def _fill(self) -> None:
         while self._next < len(self._spans) and (buffer := self._pool.take()) is not None:
             span = self._spans[self._next]
-            self._reads.append((self._executor.submit(self._read, span, buffer), buffer))
+            read = self._executor.submit(self._read, span, buffer)
+            if self._hasher is not None:
+                read = self._hashing.submit(self._hash, read, self._hasher)
+            self._reads.append((read, buffer))
             self._next += 1
 
     def _read(self, span: tuple[int, int], buffer: torch.Tensor) -> torch.Tensor:
@@ -130,10 +136,13 @@ class SpanReader:
         data = buffer[: stop - start]
         view = memoryview(data.numpy().data)
         read_exactly(self._fd, view, start, self._where)
-        if self._hasher is not None:
-            self._hasher.update(view)
         if self._drop_behind and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._fd, start, stop - start, os.POSIX_FADV_DONTNEED)
+        return data
+
+    def _hash(self, read: Future[torch.Tensor], hasher: Hasher) -> torch.Tensor:
+        data = read.result()
+        hasher.update(memoryview(data.numpy().data))
         return data
 
 

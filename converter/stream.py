@@ -46,8 +46,7 @@ class Chunk:
 class Engine:
     """What conversions share: the device, the threads and the buffers. A context manager.
 
-    device: where the arithmetic runs. workers: threads for it on the CPU. readers: threads that read where no hash
-    asks for file order.
+    device: where the arithmetic runs. workers: threads for it on the CPU. readers: threads that read.
     """
 
     def __init__(self, device: torch.device | str = "cpu", workers: int = 2, readers: int = 1) -> None:

@@ -2,7 +2,7 @@
 
 Bytes are appended. A background thread hashes and writes them in pieces of STAGING_BYTES, past the page cache
 where the file system allows it (O_DIRECT), so that a conversion neither waits for write-back nor evicts what others
-cached.
+cached. Another one syncs and reads back every CHECK_BYTES behind it, so that little is left to check at the end.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from types import TracebackType
 from .errors import ConvertError, ResumableError
 
 STAGING_BYTES = 8 * 1024 * 1024
+CHECK_BYTES = 128 * 1024 * 1024
 _SECTOR = 4096
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
 
@@ -40,13 +41,18 @@ class FileWriter:
         self._staging = [mmap.mmap(-1, STAGING_BYTES), mmap.mmap(-1, STAGING_BYTES)]
         self._under_way: Future[None] | None = None
         self._executor = ThreadPoolExecutor(1, "fp8-write")
+        self._checker = ThreadPoolExecutor(1, "fp8-check")
+        self._checks: list[Future[None]] = []
+        self._fd = self._check_fd = -1
         with self._translated():
             path.parent.mkdir(parents=True, exist_ok=True)
-            flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0)
-            self._fd = os.open(self._temporary, flags, 0o666)
+            close_on_exec = getattr(os, "O_CLOEXEC", 0)
+            self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | close_on_exec, 0o666)
         try:
             with self._translated():
+                self._check_fd = os.open(self._temporary, os.O_RDONLY | close_on_exec)  # with its own O_DIRECT flag
                 self._allocate()
+            self._read_back = _ReadBack(self._check_fd)
         except ConvertError:
             self.__exit__(None, None, None)
             raise
@@ -57,10 +63,12 @@ class FileWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._executor.shutdown(wait=True, cancel_futures=True)
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        for executor in (self._executor, self._checker):
+            executor.shutdown(wait=True, cancel_futures=True)
+        for fd in (self._fd, self._check_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._check_fd = -1
         self._temporary.unlink(missing_ok=True)
         for staging in self._staging:
             with contextlib.suppress(BufferError):  # an exception's traceback may still hold a view
@@ -85,8 +93,10 @@ class FileWriter:
         if self._position != self.size:
             raise AssertionError(f"{self.label}: {self._position} bytes were written instead of {self.size}")
         with self._translated():
-            os.fsync(self._fd)
-            if file_sha256(self._fd) != digest:
+            for check in self._checks:
+                check.result()
+            self._check(self.size)
+            if self._read_back.digest.hexdigest() != digest:
                 raise ResumableError(f"{self.label} reads back other bytes than were written; check the disk.")
             os.replace(self._temporary, self.path)
             sync_folder(self.path.parent)
@@ -106,6 +116,8 @@ class FileWriter:
     def _flush(self) -> None:
         """Hand the filled staging buffer to the writing thread, after the one before it was written."""
         self._wait()
+        if self._position >= (len(self._checks) + 1) * CHECK_BYTES:
+            self._checks.append(self._checker.submit(self._check, self._position))
         if self._fill:
             self._under_way = self._executor.submit(self._write, self._staging[0], self._fill, self._position)
             self._position += self._fill
@@ -131,6 +143,11 @@ class FileWriter:
                     if error.errno != errno.EINVAL or not _set_direct(self._fd, False):
                         raise
 
+    def _check(self, stop: int) -> None:
+        """Make the file safe on the disk and read it back up to `stop`."""
+        os.fsync(self._fd)
+        self._read_back.read_to(stop)
+
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
         try:
@@ -142,29 +159,40 @@ class FileWriter:
             ) from error
 
 
-def file_sha256(fd: int) -> str:
-    """sha256 of an open file, read past the page cache where that is possible."""
-    digest = hashlib.sha256()
-    _set_direct(fd, True)
-    size = os.fstat(fd).st_size
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    with mmap.mmap(-1, STAGING_BYTES) as buffer, memoryview(buffer) as view:
-        position = 0
-        while position < size:
+class _ReadBack:
+    """sha256 of an open file's bytes as far as they were read, past the page cache where that is possible."""
+
+    def __init__(self, fd: int) -> None:
+        self.digest = hashlib.sha256()
+        self._fd = fd
+        self._position = 0
+        _set_direct(fd, True)
+
+    def read_to(self, stop: int) -> None:
+        """Go on to byte `stop`: a multiple of a sector, or the file's size. Stops early at the file's end."""
+        start = self._position
+        _drop(self._fd, start, stop)
+        view = memoryview(mmap.mmap(-1, STAGING_BYTES))  # aligned, as direct reads need it
+        while self._position < stop:
+            wanted = -(-(stop - self._position) // _SECTOR) * _SECTOR  # direct reads come in whole sectors
             try:
-                count = os.preadv(fd, [view], position)
+                count = os.preadv(self._fd, [view[:wanted]], self._position)
             except OSError as error:
-                if error.errno != errno.EINVAL or not _set_direct(fd, False):
+                if error.errno != errno.EINVAL or not _set_direct(self._fd, False):
                     raise
                 continue
             if count == 0:
                 break
-            digest.update(view[:count])
-            position += count
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    return digest.hexdigest()
+            self.digest.update(view[:count])
+            self._position += count
+        _drop(self._fd, start, stop)
+
+
+def file_sha256(fd: int) -> str:
+    """sha256 of an open file, read past the page cache where that is possible."""
+    whole = _ReadBack(fd)
+    whole.read_to(os.fstat(fd).st_size)
+    return whole.digest.hexdigest()
 
 
 def write_small(path: Path, data: bytes, label: str) -> str:
@@ -182,6 +210,12 @@ def sync_folder(folder: Path) -> None:
             os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _drop(fd: int, start: int, stop: int) -> None:
+    """Drop what the page cache holds of the bytes [start, stop)."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, start, stop - start, os.POSIX_FADV_DONTNEED)
 
 
 def _set_direct(fd: int, on: bool) -> bool:

@@ -1,0 +1,301 @@
+"""The command line: help, suggestions, tables and JSON, run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from fp8_convert.converter import plan_conversion
+from fp8_convert.converter.cli import main
+from fp8_convert.converter.manifest import shipped
+from fp8_convert.converter.plan import Plan, rows
+from pipelines import copied, saved
+from safetensors.torch import load_file, save_file
+
+DIT = "transformer/diffusion_pytorch_model.safetensors"
+OPTIONS = [
+    "--output", "--dry-run", "--json", "--quantization", "--manifest", "--ignored-layers", "--component", "--compact",
+    "--weight-block-size", "--activation-scheme", "--input-scales", "--device", "--workers", "--force", "--revision",
+    "--token", "--cache-dir", "--local-files-only", "--variant", "-h, --help",
+]  # fmt: skip
+
+
+def run(*arguments: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, [str(a) for a in arguments], prog_name="fp8-convert")
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "out"
+    run(saved("z_image"), "-o", folder)
+    return folder
+
+
+# Help and mistakes
+
+
+@pytest.mark.parametrize("arguments", [["-h"], ["--help"], ["convert", "-h"], ["convert", "--help"]])
+def test_help_shows_an_example_and_the_conversions_options(arguments: list[str]) -> None:
+    text = run(*arguments).stdout
+    assert "fp8-convert Qwen/Qwen-Image -o qwen-image-fp8" in text
+    for option in OPTIONS:
+        assert option in text
+    if arguments[0] != "convert":
+        for command in ("inspect", "manifests", "demo"):
+            assert f"\n  {command} " in text
+
+
+def test_no_arguments_show_the_help() -> None:
+    result = run(code=2)
+    assert "Example:" in result.output
+
+
+@pytest.mark.parametrize("command", ["inspect", "manifests", "demo", "verify"])
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    assert f"fp8-convert {command}" in run(command, "-h").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["inspct"], "inspect"),
+        (["inspct", "folder"], "inspect"),
+        (["inspct", "folder", "--json"], "inspect"),
+        (["--json", "manifest"], "manifests"),
+        (["convrt", "Qwen/Qwen-Image", "-o", "out"], "convert"),
+        (["dmeo"], "demo"),
+    ],
+)
+def test_mistyped_command_is_suggested(arguments: list[str], command: str) -> None:
+    result = run(*arguments, code=2)
+    assert f"did you mean the command `fp8-convert {command}`?" in result.stderr
+
+
+def test_an_options_value_is_no_mistyped_command() -> None:
+    run("-o", "converted", saved("z_image"), "--dry-run")
+
+
+def test_mistyped_option_is_suggested() -> None:
+    assert "--ignored-layers" in run(saved("z_image"), "--ignore-layers", "img_mlp", code=2).stderr
+
+
+def test_a_folder_with_a_commands_name_is_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied(saved("z_image"), tmp_path / "inspct")
+    monkeypatch.chdir(tmp_path)
+    assert run("inspct", "--dry-run").stdout.startswith("inspct (ZImagePipeline)")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Name the output folder with -o, or pass --dry-run"),
+        (["-o", "out", "--quantization", "int4"], "'int4' is not 'fp8'"),
+        (["-o", "out", "--activation-scheme", "quiet"], "'quiet' is not one of 'dynamic', 'static'"),
+        (["-o", "out", "--weight-block-size", "128"], "requires 2 arguments"),
+        (["-o", "out", "--workers", "0"], "0 is not in the range"),
+    ],
+)
+def test_usage_errors(arguments: list[str], message: str) -> None:
+    assert message in run(saved("z_image"), *arguments, code=2).stderr
+
+
+# Tables and JSON
+
+
+def _amount(count: int) -> str:
+    """Bytes as the tables show them."""
+    units = [(1e9, "GB", 2), (1e6, "MB", 1), (1e3, "kB", 1)]
+    scale, unit, digits = next((u for u in units if count >= u[0]), (1, "B", 0))
+    return f"{count / scale:.{digits}f} {unit}"
+
+
+@pytest.mark.parametrize("options", [[], ["--compact"], ["--ignored-layers", "to_q"]])
+@pytest.mark.parametrize("name", ["z_image", "qwen_image", "wan22", "flux"])
+def test_dry_run_shows_counts_bytes_and_reasons(name: str, options: list[str]) -> None:
+    text = run(saved(name), "--dry-run", *options).stdout
+    plan = plan_of(name, options)
+    lines = [line.split() for line in text.splitlines()]
+    for component in plan.components:
+        before, after = component.weight_bytes
+        title = f"{component.source.name} ({component.source.class_name}): {_amount(before)} -> {_amount(after)} "
+        assert f"\n{title}" in text
+        for row in rows(component):
+            decision = f"fp8 {row.mode} {row.scheme}" if row.mode else "kept"
+            cells = f"{decision} {row.kind or '-'} {row.count}".split()
+            rest = f"{_amount(row.bytes_before)} {_amount(row.bytes_after)} {row.rule} {row.why}".split()
+            assert any(line[: len(cells)] == cells and line[len(cells) + 1 :] == rest for line in lines), row
+            assert row.why
+    if "--ignored-layers" in options:
+        assert "note: the ignored layer 'to_q' names one member of a fused projection" in text
+    before, after = plan.bytes_to_read, sum(s.size for s in plan.shards)
+    assert f"total: {_amount(before)} -> {_amount(after)} ({100 * after / before:.1f}%)" in text
+
+
+def plan_of(name: str, options: list[str]) -> Plan:
+    ignored = options[1:] if "--ignored-layers" in options else []
+    return plan_conversion(saved(name), compact="--compact" in options, ignored_layers=ignored)
+
+
+def test_dry_run_writes_nothing(tmp_path: Path) -> None:
+    run(saved("z_image"), "--dry-run", "-o", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_json_foretells_the_conversion(converted: Path) -> None:
+    plan = json.loads(run(saved("z_image"), "--dry-run", "--json").stdout)
+    assert plan["pipeline"] == "ZImagePipeline"
+    assert plan["recipe"]["manifest"] == "z-image"
+    written = [p for p in converted.rglob("*") if p.is_file() and p.name != "fp8_convert.json"]
+    assert plan["bytes_to_write"] == sum(p.stat().st_size for p in written)
+    for shard in (s for c in plan["components"] for s in c["shards"]):
+        tensors = load_file(converted / shard["path"])
+        assert (converted / shard["path"]).stat().st_size == shard["bytes_after"]
+        for tensor in shard["tensors"]:
+            stored = tensors[tensor["name"]]
+            assert (stored.dtype == torch.float8_e4m3fn) == (tensor["decision"] == "fp8")
+            assert list(stored.shape) == tensor["shape"]
+            assert tensor["rule"]
+            assert tensor["why"]
+
+
+def test_convert_json(tmp_path: Path) -> None:
+    result = run(saved("z_image"), "-o", tmp_path / "out", "--json", "--ignored-layers", "to_k")
+    summary = json.loads(result.stdout)
+    assert summary["output"] == str(tmp_path / "out")
+    assert summary["manifest"] == "z-image"
+    before = sum(p.stat().st_size for p in saved("z_image").rglob("*.safetensors"))
+    after = sum(p.stat().st_size for p in (tmp_path / "out").rglob("*.safetensors"))
+    assert (summary["bytes_before"], summary["bytes_after"]) == (before, after)
+    assert "to_k" in summary["notes"][0]
+    assert f"note: {summary['notes'][0]}" in result.stderr
+
+
+def test_summary_in_one_line(tmp_path: Path) -> None:
+    line = run(saved("z_image"), "-o", tmp_path / "out").stdout
+    assert line.startswith(f"wrote {tmp_path / 'out'}: ")
+    for part in (" -> ", "%) in ", " GB/s, peak RSS ", " MiB)"):
+        assert part in line
+    assert line.count("\n") == 1
+
+
+def test_inspect_converted(converted: Path) -> None:
+    text = run("inspect", converted).stdout
+    assert text.startswith(f"{converted}: fp8-convert ")
+    assert "quant_method fp8" in text
+    assert "PROBLEM" not in text
+    found = json.loads(run("inspect", converted, "--json").stdout)
+    dit, encoder, vae = (component(found, n) for n in ("transformer", "text_encoder", "vae"))
+    weights = load_file(converted / DIT)
+    fp8 = [n for n, w in weights.items() if w.dtype == torch.float8_e4m3fn]
+    group = next(g for g in dit["groups"] if g["what"] == "fp8")
+    assert (group["mode"], group["scheme"], group["kind"], group["tensors"]) == ("w8a8", "tensor", "Linear", len(fp8))
+    assert group["bytes"] == sum(weights[n].numel() for n in fp8)
+    assert next(g for g in dit["groups"] if g["what"] == "scale")["tensors"] == len(fp8)
+    kept = next(g for g in dit["groups"] if g["what"] == "kept" and g["kind"] == "Linear")
+    for rule in ("adaLN_modulation", "cap_embedder", "t_embedder"):
+        assert rule in kept["why"]
+    assert {(g["mode"], g["scheme"]) for g in encoder["groups"] if g["what"] == "fp8"} == {("storage", "block128x128")}
+    assert vae["quant_method"] is None
+    assert {g["what"] for g in vae["groups"]} == {"kept"}
+
+
+def component(found: Any, name: str) -> Any:
+    return next(c for c in found["components"] if c["name"] == name)
+
+
+def test_inspect_lone_component(converted: Path) -> None:
+    found = json.loads(run("inspect", converted / "transformer", "--json").stdout)
+    assert {g["what"] for g in component(found, "")["groups"]} == {"fp8", "scale", "kept"}
+
+
+def test_inspect_unconverted() -> None:
+    text = run("inspect", saved("qwen_image")).stdout
+    assert "not converted by fp8-convert" in text
+    found = json.loads(run("inspect", saved("qwen_image"), "--json").stdout)
+    assert found["converted_by"] is None
+    groups = [g for c in found["components"] for g in c["groups"]]
+    assert {g["what"] for g in groups} == {"kept"}
+    assert {"Linear", "Conv2d", "Conv3d", "Embedding"} <= {g["kind"] for g in groups}
+    weights = list(saved("qwen_image").rglob("*.safetensors"))
+    assert sum(g["bytes"] for g in groups) == sum(t.nbytes for p in weights for t in load_file(p).values())
+
+
+def test_inspect_tells_of_a_missing_scale(converted: Path, tmp_path: Path) -> None:
+    broken = copied(converted, tmp_path / "broken")
+    tensors = load_file(broken / DIT)
+    del tensors["layers.0.attention.to_q.weight_scale"]
+    save_file(tensors, broken / DIT)
+    text = run("inspect", broken, code=1).stdout
+    assert "PROBLEM: layers.0.attention.to_q.weight has no scale" in text
+
+
+def test_inspect_what_is_no_snapshot(tmp_path: Path) -> None:
+    assert run("inspect", tmp_path / "none", code=1).stderr.startswith("error: ")
+    assert run("inspect", tmp_path, code=1).stderr.startswith("error: ")
+
+
+def test_manifests() -> None:
+    text = run("manifests").stdout
+    entries = json.loads(run("manifests", "--json").stdout)
+    assert [e["name"] for e in entries] == list(shipped())
+    for entry in entries:
+        line = next(line for line in text.splitlines() if line.split()[0] == entry["name"])
+        assert entry["description"] in line
+        assert all(repo in line for repo in entry["repos"])
+    repos = {repo for e in entries for repo in e["repos"]}
+    assert {"Tongyi-MAI/Z-Image-Turbo", "Qwen/Qwen-Image", "Qwen/Qwen-Image-2512", "Qwen/Qwen-Image-Edit"} <= repos
+    assert {"Qwen/Qwen-Image-Layered", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"} <= repos
+
+
+def test_a_manifest_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        """
+        name = "mine"
+        [components.transformer]
+        mode = "w8a8"
+        kinds = ["Linear"]
+        [[components.transformer.eligible]]
+        pattern = "feed_forward"
+        why = "only these"
+        """
+    )
+    plan = json.loads(run(saved("z_image"), "--dry-run", "--json", "--manifest", path).stdout)
+    fp8 = [t["name"] for c in plan["components"] for s in c["shards"] for t in s["tensors"] if t["decision"] == "fp8"]
+    assert fp8
+    assert all(".feed_forward." in name for name in fp8)
+
+
+def test_ignored_layers_by_commas_and_repeated() -> None:
+    def fp8(*options: str) -> set[str]:
+        plan = json.loads(run(saved("z_image"), "--dry-run", "--json", *options).stdout)
+        tensors = [t for c in plan["components"] for s in c["shards"] for t in s["tensors"]]
+        return {t["name"] for t in tensors if t["decision"] == "fp8"}
+
+    everything = fp8()
+    kept = everything - fp8("--ignored-layers", "layers.0,to_qkv", "--ignored-layers", "w13")
+    by_name = {n for n in everything if n.startswith("layers.0.attention") or n.startswith("layers.0.feed_forward")}
+    fused = {n for n in everything if n.split(".")[-2] in ("to_q", "to_k", "to_v", "w1", "w3")}
+    assert kept == by_name | fused
+
+
+def test_lone_component_folder(tmp_path: Path) -> None:
+    run(saved("z_image") / "transformer", "-o", tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "fp8_convert.json",
+    ]
+
+
+def test_variant(tmp_path: Path) -> None:
+    source = saved("z_image", dtype=torch.float16, variant="fp16")
+    assert "--variant fp16" in run(source, "-o", tmp_path / "out", code=1).stderr
+    run(source, "-o", tmp_path / "out", "--variant", "fp16")
+    assert (tmp_path / "out" / DIT).is_file()

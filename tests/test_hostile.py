@@ -1,0 +1,211 @@
+"""Hostile input: whatever stands in headers, indices, configs, manifests and records, the answer is a clean error.
+
+Property tests: valid files are changed at random, structurally and byte by byte. A conversion then either works or
+raises ConvertError, and never anything else. FP8_CONVERT_FUZZ=N sets the number of examples per target.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fp8_convert.converter import ConvertError, convert, inspect, plan_conversion, verify
+from fp8_convert.converter.manifest import parse_manifest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pipelines import saved
+
+EXAMPLES = int(os.environ.get("FP8_CONVERT_FUZZ", "25"))
+fuzzed = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.text(max_size=8),
+    st.sampled_from(
+        ["../x", "/etc/passwd", "a/b", "\x00", "\x1b[2J", "..", "", "F8_E4M3", "model.safetensors", "𝕏" * 3]
+    ),
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@pytest.fixture
+def snapshot() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def paths_into(value: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where something stands in a JSON document."""
+    found = [prefix]
+    if isinstance(value, dict):
+        for key in value:
+            found += paths_into(value[key], (*prefix, key))
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            found += paths_into(item, (*prefix, i))
+    return found
+
+
+@st.composite
+def changes(draw: st.DrawFn, document: Any) -> bytes:
+    """The document as JSON with one to three places replaced, removed or renamed, or its bytes damaged."""
+    changed = json.loads(json.dumps(document))
+    for _ in range(draw(st.integers(1, 3))):
+        *parents, last = draw(st.sampled_from([p for p in paths_into(changed) if p] or [("x",)]))
+        place = changed
+        try:
+            for key in parents:
+                place = place[key]
+            action = draw(st.sampled_from(["replace", "remove", "rename"]))
+            if action == "replace":
+                place[last] = draw(VALUES)
+            elif action == "remove":
+                del place[last]
+            elif isinstance(place, dict):
+                place[draw(st.text(max_size=8))] = place.pop(last)
+        except (KeyError, IndexError, TypeError):
+            continue
+    data = json.dumps(changed).encode()
+    if draw(st.integers(0, 4)) == 0:
+        position = draw(st.integers(0, len(data)))
+        data = data[:position] + draw(st.binary(max_size=4)) + data[position + draw(st.integers(0, 4)) :]
+    return data
+
+
+def link_copy(source: Path, folder: Path) -> None:
+    """A copy of a snapshot by hard links: files are replaced, never changed in place."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(source, folder, copy_function=os.link)
+
+
+def replaced(folder: Path, path: str, data: bytes) -> None:
+    (folder / path).unlink()
+    (folder / path).write_bytes(data)
+
+
+def works_or_says(action: Callable[[], Any]) -> None:
+    message = ""
+    try:
+        action()
+    except ConvertError as error:
+        message = str(error)
+    assert message.isprintable(), "control characters reach the terminal"
+    assert len(message) < 2000
+
+
+@pytest.fixture(scope="module")
+def sharded() -> Path:
+    return saved("z_image", max_shard_size="2MB")
+
+
+FILES = [
+    "model_index.json",
+    "transformer/config.json",
+    "text_encoder/config.json",
+    "transformer/diffusion_pytorch_model.safetensors.index.json",
+]
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_json_of_the_source(sharded: Path, snapshot: Path, path: str) -> None:
+    document = json.loads((sharded / path).read_text())
+
+    @fuzzed
+    @given(data=changes(document))
+    def run(data: bytes) -> None:
+        link_copy(sharded, snapshot / "s")
+        replaced(snapshot / "s", path, data)
+        works_or_says(lambda: plan_conversion(snapshot / "s"))
+        works_or_says(lambda: inspect(snapshot / "s"))
+
+    run()
+
+
+def test_headers_of_the_source(snapshot: Path) -> None:
+    source = saved("z_image") / "transformer"
+    file = source / "diffusion_pytorch_model.safetensors"
+    whole = file.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    few = {name: header[name] for name in list(header)[:6]}
+
+    @fuzzed
+    @given(data=changes({**few, "__metadata__": {"format": "pt"}}), keep_rest=st.booleans())
+    def run(data: bytes, keep_rest: bool) -> None:
+        if keep_rest:
+            with contextlib.suppress(ValueError, TypeError):
+                data = json.dumps({**header, **json.loads(data)}).encode()
+        link_copy(source, snapshot / "s")
+        body = whole[8 + length :]
+        replaced(snapshot / "s", file.name, len(data).to_bytes(8, "little") + data + body)
+        works_or_says(lambda: convert(snapshot / "s", snapshot / "out", force=True, workers=1))
+        shutil.rmtree(snapshot / "out", ignore_errors=True)
+
+    run()
+
+
+def test_manifests(snapshot: Path) -> None:
+    raw = resources.files("fp8_convert.manifests").joinpath("qwen-image.toml").read_bytes()
+
+    @fuzzed
+    @given(position=st.integers(0, len(raw)), junk=st.binary(max_size=6), cut=st.integers(0, 40))
+    def run(position: int, junk: bytes, cut: int) -> None:
+        works_or_says(lambda: parse_manifest(raw[:position] + junk + raw[position + cut :], "own.toml"))
+
+    run()
+
+
+@pytest.mark.parametrize("path", ["fp8_convert.json", "transformer/config.json"])
+def test_converted_snapshots(snapshot: Path, path: str) -> None:
+    convert(saved("z_image"), snapshot / "converted", components=["transformer"])
+    document = json.loads((snapshot / "converted" / path).read_text())
+
+    @fuzzed
+    @given(data=changes(document))
+    def run(data: bytes) -> None:
+        link_copy(snapshot / "converted", snapshot / "s")
+        replaced(snapshot / "s", path, data)
+        works_or_says(lambda: inspect(snapshot / "s"))
+        works_or_says(lambda: verify(snapshot / "s"))
+
+    run()
+
+
+@pytest.mark.parametrize("depth", [1_000, 200_000])
+@pytest.mark.parametrize("path", [*FILES, "header"])
+def test_deep_json(sharded: Path, snapshot: Path, path: str, depth: int) -> None:
+    link_copy(sharded, snapshot / "s")
+    deep = b'{"a":' * depth + b"1" + b"}" * depth
+    if path == "header":
+        shard = next((snapshot / "s" / "transformer").glob("*.safetensors")).relative_to(snapshot / "s").as_posix()
+        replaced(snapshot / "s", shard, len(deep).to_bytes(8, "little") + deep)
+    else:
+        replaced(snapshot / "s", path, deep)
+    works_or_says(lambda: plan_conversion(snapshot / "s"))
+
+
+def test_control_characters_in_file_names(snapshot: Path) -> None:
+    shutil.copytree(saved("z_image"), snapshot / "s")
+    (snapshot / "s" / "scheduler" / "a\x1b[31m.json").write_text("{}")
+    with pytest.raises(ConvertError, match="control characters"):
+        convert(snapshot / "s", snapshot / "out")
+    assert not (snapshot / "out").exists()

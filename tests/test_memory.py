@@ -1,0 +1,73 @@
+"""Memory stays bounded whatever a tensor's size, measured by the operating system in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from fp8_convert.converter.header import TensorInfo, encode_header
+from fp8_convert.converter.modules import quiet_libraries
+from reference import read_safetensors
+
+LIMIT = 300 * 2**20
+_CHILD = """
+import sys
+from fp8_convert.converter import convert, plan_conversion
+
+def memory(key):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))
+
+plan_conversion(sys.argv[1])  # builds the classes: all imports are done
+imports = memory("VmHWM:")
+convert(sys.argv[1], sys.argv[2], workers=2, weight_block_size=[int(n) for n in sys.argv[3:]] or None)
+print(imports, memory("VmHWM:"))
+"""
+
+
+@pytest.fixture(scope="module")
+def three_gigabytes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Wan DiT of 3 GB in FP32 with weights of 1.1 GB: a sparse file, all zeros but for a few values."""
+    folder = tmp_path_factory.mktemp("large") / "transformer"
+    folder.mkdir()
+    with torch.device("meta"), quiet_libraries():
+        model = WanTransformer3DModel(num_layers=1, num_attention_heads=40, ffn_dim=53_760)
+        model.save_config(folder)
+    tensors, position = [], 0
+    for name, parameter in sorted(model.state_dict().items()):
+        tensors.append(TensorInfo(name, "F32", tuple(parameter.shape), position, position + 4 * parameter.numel()))
+        position += 4 * parameter.numel()
+    with open(folder / "diffusion_pytorch_model.safetensors", "wb") as file:
+        header = encode_header(tensors, {"format": "pt"})
+        file.write(header)
+        for tensor in tensors:
+            file.seek(len(header) + tensor.end - 4)
+            file.write(torch.tensor(-2.0).numpy().tobytes())
+    sizes = sorted(t.nbytes for t in tensors)
+    assert position > 3e9
+    assert sizes[-1] > 1.1e9
+    return folder
+
+
+@pytest.mark.parametrize("block", [[], [128, 128]], ids=["tensor", "block"])
+def test_three_gigabytes_with_a_tensor_of_one(three_gigabytes: Path, tmp_path: Path, block: list[int]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _CHILD, three_gigabytes, tmp_path / "out", *map(str, block)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    imports, peak = map(int, done.stdout.split())
+    assert peak - imports <= LIMIT, f"{(peak - imports) / 2**20:.0f} MiB over imports"
+    output = tmp_path / "out" / "diffusion_pytorch_model.safetensors"
+    written = read_safetensors(output)
+    name = "blocks.0.ffn.net.0.proj.weight"
+    assert written[name][0] == "F8_E4M3"
+    assert written[name][2][-2:] == b"\x00\xfe"  # -2 is the largest magnitude: code -448
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["ffn_dim"] == 53_760
+    output.unlink()
