@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from fp8_convert.converter import ConvertError, ResumableError, convert, plan_conversion
+from fp8_convert.converter import ConvertError, ResumableError, convert, plan_conversion, verify
 from fp8_convert.converter.cli import main
 from fp8_convert.converter.demo import build_tiny_pipeline
 from fp8_convert.converter.locate import SourceOptions
@@ -198,6 +198,36 @@ def test_stream_resumes_after_a_lost_connection(hub: HubServer, sharded: Path, t
     streamed, local = contents(tmp_path / "out"), contents(tmp_path / "by-folder")
     del streamed["fp8_convert.json"], local["fp8_convert.json"]
     assert streamed == local
+
+
+def test_stream_waits_out_429_and_503(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
+    """What the client retries by itself needs no rerun."""
+    hub.add_repo(REPO, tiny)
+    hub.faults.append(
+        Fault("status", "transformer/*.safetensors", status=429, retry_after=0, method="GET", route="cdn")
+    )
+    hub.faults.append(Fault("status", "vae/*.safetensors", status=503, retry_after=0, method="GET", route="resolve"))
+    convert(REPO, tmp_path / "out", stream=True)
+    assert [fault.hits for fault in hub.faults] == [1, 1]
+    assert verify(tmp_path / "out", source=tiny).ok
+
+
+def test_stream_refuses_wrong_bytes(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
+    hub.add_repo(REPO, tiny)
+    hub.faults.append(Fault("wrong_bytes", "transformer/*.safetensors", offset=5_000_000, route="cdn", times=None))
+    with pytest.raises(ConvertError, match="differs from the Hub's digest"):
+        convert(REPO, tmp_path / "out", stream=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_stream_keeps_to_its_commit(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    build_tiny_pipeline(other, seed=1)
+    hub.add_repo(REPO, tiny)
+    hub.move_branch(REPO, "main", other, after=12)
+    convert(REPO, tmp_path / "out", stream=True)
+    assert hub.commit(REPO) != json.loads((tmp_path / "out" / "fp8_convert.json").read_text())["source"]["commit"]
+    assert verify(tmp_path / "out", source=tiny).ok
 
 
 @pytest.mark.parametrize(
