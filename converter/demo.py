@@ -31,30 +31,33 @@ def run_demo(output: Path, say: Callable[[str], None]) -> None:
 
 def build_tiny_pipeline(folder: Path, seed: int = 0) -> None:
     """Save a random Z-Image pipeline with small dimensions and a byte-level tokenizer, as BF16 safetensors."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
-
     torch.manual_seed(seed)
     with quiet_libraries():
-        pipeline = ZImagePipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0, use_dynamic_shifting=False),
-            vae=_vae(),
-            text_encoder=_text_encoder(),
-            tokenizer=_tokenizer(),
-            transformer=_transformer(),
-        )
-        pipeline.save_pretrained(folder)
+        tiny_pipeline(torch.bfloat16).save_pretrained(folder)
 
 
-def _tokenizer() -> Any:
-    """Byte-level BPE without merges: 256 byte tokens and the ChatML specials."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import Qwen2Tokenizer
+def tiny_pipeline(dtype: torch.dtype) -> Any:
+    """A random ZImagePipeline of 5 M parameters in `dtype`."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
+    return ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0, use_dynamic_shifting=False),
+        vae=_vae().to(dtype).eval(),
+        text_encoder=_text_encoder().to(dtype).eval(),
+        tokenizer=byte_tokenizer(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], template),
+        transformer=_transformer().to(dtype).eval(),
+    )
+
+
+def byte_tokenizer(specials: list[str], chat_template: str) -> Any:
+    """Byte-level BPE without merges: 256 byte tokens, then the specials."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
     return Qwen2Tokenizer(
         vocab={character: i for i, character in enumerate(sorted(ByteLevel.alphabet()))},
         merges=[],
@@ -62,7 +65,7 @@ def _tokenizer() -> Any:
         eos_token="<|im_end|>",
         unk_token="<|endoftext|>",
         additional_special_tokens=specials,
-        chat_template=template,
+        chat_template=chat_template,
     )
 
 
@@ -80,7 +83,7 @@ def _text_encoder() -> Any:
         max_position_embeddings=2048,
         tie_word_embeddings=True,
     )
-    return Qwen3Model(config).to(torch.bfloat16).eval()
+    return Qwen3Model(config)
 
 
 def _transformer() -> Any:
@@ -102,26 +105,22 @@ def _transformer() -> Any:
     )
     torch.nn.init.normal_(model.x_pad_token, std=0.02)
     torch.nn.init.normal_(model.cap_pad_token, std=0.02)
-    return model.to(torch.bfloat16).eval()
+    return model
 
 
 def _vae() -> Any:
     from diffusers import AutoencoderKL
 
-    return (
-        AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(16, 16, 32, 32),
-            layers_per_block=1,
-            latent_channels=16,
-            norm_num_groups=8,
-            sample_size=64,
-            scaling_factor=0.3611,
-            shift_factor=0.1159,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        )
-        .to(torch.bfloat16)
-        .eval()
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 16, 32, 32),
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=8,
+        sample_size=64,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
     )

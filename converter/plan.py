@@ -34,7 +34,7 @@ _QUANTIZED_DTYPES = {
 }
 _QUANTIZED_SUFFIXES = (
     ".weight_scale", ".weight_scale_inv", ".scale_weight", ".comfy_quant", ".qweight", ".qzeros", ".SCB",
-    ".weight_packed", ".quant_map", ".weight_format",
+    ".weight_packed", ".input_scale", ".quant_map", ".weight_format",
 )  # fmt: skip
 
 

@@ -230,7 +230,10 @@ def _component(
     names = [p.removeprefix(prefix) for p in sizes if p.startswith(prefix) and "/" not in p.removeprefix(prefix)]
     label = f"{name or 'the component'} in {files.label}"
     if not names:
-        raise ConvertError(f"{MODEL_INDEX} names the component {label}, but there is no such folder; download it.")
+        raise ConvertError(
+            f"{MODEL_INDEX} names the component {label}, but there is no such folder with files in it (a link does "
+            "not count); download it."
+        )
     config = read_json(files, prefix + CONFIG) if CONFIG in names else {}
     if not any(n.endswith(".safetensors") for n in names):
         pickles = [n for n in names if n.endswith(_PICKLES) and n != "training_args.bin"]

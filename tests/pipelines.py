@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fp8_convert.converter.demo import byte_tokenizer, tiny_pipeline
 from fp8_convert.converter.modules import quiet_libraries
 
 HIDDEN = 128
@@ -90,42 +91,8 @@ def _root() -> Path:
 
 
 def z_image(dtype: torch.dtype = BF16) -> Any:
-    """ZImagePipeline, with the dimensions of `fp8-convert demo`."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
-    from transformers import Qwen3Config, Qwen3Model
-
-    tokenizer = _qwen_tokenizer()
-    encoder = Qwen3Config(
-        hidden_size=HIDDEN,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-    )
-    dit = ZImageTransformer2DModel(
-        dim=256,
-        n_layers=2,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=HIDDEN,
-        axes_dims=[32, 48, 48],
-        axes_lens=[1024, 64, 64],
-    )
-    torch.nn.init.normal_(dit.x_pad_token, std=0.02)
-    torch.nn.init.normal_(dit.cap_pad_token, std=0.02)
-    vae = AutoencoderKL(**_IMAGE_VAE, scaling_factor=0.3611, shift_factor=0.1159)
-    return ZImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae.to(dtype).eval(),
-        text_encoder=Qwen3Model(encoder).to(dtype).eval(),
-        tokenizer=tokenizer,
-        transformer=dit.to(dtype).eval(),
-    )
+    """The ZImagePipeline of `fp8-convert demo`."""
+    return tiny_pipeline(dtype)
 
 
 def qwen_image(dtype: torch.dtype = BF16) -> Any:
@@ -244,7 +211,7 @@ def _qwen_components(
 ) -> dict[str, Any]:
     from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 
-    tokenizer = _qwen_tokenizer()
+    tokenizer = byte_tokenizer(_SPECIALS, _CHAT_TEMPLATE)
     transformer = QwenImageTransformer2DModel(
         num_layers=2, attention_head_dim=128, num_attention_heads=2, joint_attention_dim=HIDDEN, **dit or {}
     )
@@ -318,22 +285,6 @@ def _wan_dit(dtype: torch.dtype) -> Any:
         if not set(name.split(".")) & set(model._keep_in_fp32_modules):
             parameter.data = parameter.data.to(dtype)
     return model.eval()
-
-
-def _qwen_tokenizer() -> Any:
-    """Byte-level BPE without merges: 256 byte tokens, then the specials."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import Qwen2Tokenizer
-
-    return Qwen2Tokenizer(
-        vocab={character: i for i, character in enumerate(sorted(ByteLevel.alphabet()))},
-        merges=[],
-        pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        unk_token="<|endoftext|>",
-        additional_special_tokens=_SPECIALS,
-        chat_template=_CHAT_TEMPLATE,
-    )
 
 
 def _t5_tokenizer() -> Any:

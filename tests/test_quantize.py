@@ -27,7 +27,7 @@ def golden(start: str) -> list[list[str]]:
 
 
 def float_of(bits: str) -> np.float32:
-    return np.array(int(bits, 16), np.uint32).view(np.float32)[()]
+    return np.float32(np.array(int(bits, 16), np.uint32).view(np.float32))
 
 
 def tensor_of(dtype: str, bits: npt.NDArray[Any]) -> torch.Tensor:

@@ -1,7 +1,5 @@
 """The reading and writing order of a shard: nothing lost, nothing overlapping, everything aligned, groups bounded."""
 
-from collections.abc import Iterator
-
 import pytest
 import reference
 from fp8_convert.converter import schedule
@@ -19,11 +17,10 @@ def scheduled(w: Weights, shard: int = 0) -> Schedule:
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slots of 64 bytes, and eight of them."""
     monkeypatch.setattr(schedule, "SLOT_BYTES", 64)
     monkeypatch.setattr(schedule, "POOL_BYTES", 512)
-    return
 
 
 # Cutting into slots
