@@ -32,6 +32,8 @@ from .supply import StreamedSupply, Supply
 from .target import Done, Target, open_target, source_stat
 from .writing import FileWriter, file_sha256, write_small
 
+_MOST_WORKERS = 8  # by then reading and hashing are the limit
+
 
 @dataclass(frozen=True)
 class Result:
@@ -150,7 +152,7 @@ def convert(
         input_scales=input_scales,
         options=options,
     )
-    engine = Engine(_device(device), workers=workers or max(1, (os.cpu_count() or 2) - 1))
+    engine = Engine(_device(device), workers=workers or min(_MOST_WORKERS, os.cpu_count() or 2))
     for note in plan.notes:
         progress.say(f"note: {note}")
     with open_target(Path(output), force=force) as target:

@@ -36,12 +36,12 @@ class ModuleMap:
 
 def module_map(component: Component) -> ModuleMap:
     """Build the component's class on the meta device and map its checkpoint names to module kinds."""
+    keys = [t.name.removesuffix(WEIGHT) for t in component.tensors if t.name.endswith(WEIGHT)]
     try:
         model = build_on_meta(component.library, component.class_name, component.config)
+        names = checkpoint_to_module_names(model, keys)
     except Exception as error:  # any class may fail on any config: its weights are then kept, and reported
         return ModuleMap({}, problem=f"{component.class_name or 'its class'} cannot be built ({_one_line(error)})")
-    keys = [t.name.removesuffix(WEIGHT) for t in component.tensors if t.name.endswith(WEIGHT)]
-    names = checkpoint_to_module_names(model, keys)
     modules = dict(model.named_modules())
     keep = {
         k

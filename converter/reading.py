@@ -137,7 +137,8 @@ class SpanReader:
         view = memoryview(data.numpy().data)
         read_exactly(self._fd, view, start, self._where)
         if self._drop_behind and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd, start, stop - start, os.POSIX_FADV_DONTNEED)
+            # From the file's start: pages come in large folios, and one that reached into this span was not dropped.
+            os.posix_fadvise(self._fd, 0, stop, os.POSIX_FADV_DONTNEED)
         return data
 
     def _hash(self, read: Future[torch.Tensor], hasher: Hasher) -> torch.Tensor:
