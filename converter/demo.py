@@ -1,4 +1,4 @@
-"""The built-in demo: a tiny random Z-Image pipeline of the real classes, converted and inspected."""
+"""The built-in demo: a tiny random Z-Image pipeline of the real classes, converted, verified, loaded and run."""
 
 from __future__ import annotations
 
@@ -12,21 +12,38 @@ import torch
 from .convert import convert
 from .inspection import inspect
 from .modules import quiet_libraries
-from .render import render_inspection, render_result
+from .render import render_inspection, render_result, render_verification
+from .verify import verify
 
 _HIDDEN = 128
 
 
 def run_demo(output: Path, say: Callable[[str], None]) -> None:
-    """Build a tiny pipeline, convert it into `output` (replacing an earlier demo's) and show what is in it."""
+    """Build a tiny pipeline, convert it into `output` (replacing an earlier demo's), verify, load and run it."""
+    from ..loader import (
+        load_pipeline,
+        report,
+    )  # the demo stands above both halves; nothing else here imports the loader
+
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "tiny-z-image")
         say("building a tiny random Z-Image pipeline (11 MB) ...")
         build_tiny_pipeline(source)
         result = convert(source, output, force=True)
-    say(render_result(result))
+        say(render_result(result))
+        say("")
+        say(render_inspection(inspect(output)))
+        say("")
+        say(render_verification(verify(output, source=source)).replace(str(source), "the source"))
+    pipeline = load_pipeline(output)
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline(
+        "a red cube", height=64, width=64, num_inference_steps=2, guidance_scale=0.0, max_sequence_length=64
+    ).images[0]
+    image.save(output / "image.png")
+    say(f"generated {output / 'image.png'} ({image.width}x{image.height}; random weights paint noise)")
     say("")
-    say(render_inspection(inspect(output)))
+    say(str(report(pipeline)))
 
 
 def build_tiny_pipeline(folder: Path, seed: int = 0) -> None:

@@ -1,1 +1,14 @@
-"""Load FP8 snapshots into diffusers pipelines."""
+"""Load FP8 snapshots into diffusers pipelines: `load_pipeline`, `load_component`, `report`.
+
+Importing this package also registers the quantizers that let plain `from_pretrained` load converted DiTs and
+VAEs.
+"""
+
+from .checkpoint import LoadError
+from .pipeline import load_component, load_pipeline
+from .quantizer import Fp8Config, register
+from .report import Report, report
+
+register()
+
+__all__ = ["Fp8Config", "LoadError", "Report", "load_component", "load_pipeline", "report"]

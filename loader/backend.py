@@ -1,0 +1,93 @@
+"""Which matrix product a W8A8 linear uses on which device, and why. The one seam between layers and hardware.
+
+    rows        codes x codes through torch's scaled matmul, a scale for each token
+    groups      the same with 1x128 activation groups and 128x128 weight blocks
+    tensor      the same with one static activation scale
+    dequantize  the weight in the activations' dtype, for this layer's forward alone; activations stay as they
+    are
+
+"auto" takes the scaled matmul on CUDA devices of compute capability 8.9 and newer and `dequantize` elsewhere.
+"scaled_mm" forces it wherever torch can run it, the CPU included (slow; it is how its numerics are tested).
+"""
+
+import functools
+import logging
+from typing import Literal, NamedTuple
+
+import torch
+
+from .kernels import GROUP
+from .product import Product, block_scale_step, scaled_product
+
+Choice = Literal["auto", "scaled_mm", "dequantize"]
+
+logger = logging.getLogger(__name__)
+
+
+class Backend(NamedTuple):
+    """A matrix product and the reason for it, one clause of plain text."""
+
+    product: Product
+    reason: str
+
+
+@functools.cache
+def choose(
+    choice: Choice, wanted: Product, device_type: str, device_index: int | None, rows: int, columns: int
+) -> Backend:
+    """The product for a weight [`rows`, `columns`] on a device, and the reason.
+
+    `wanted` is the product that the layer's scales call for; the answer is that or "dequantize".
+    """
+    if choice == "dequantize":
+        return Backend("dequantize", "asked for")
+    if device_type == "cpu":
+        if choice == "scaled_mm":
+            return Backend(wanted, "asked for")
+        return Backend("dequantize", "the CPU has no FP8 matrix units")
+    if device_type != "cuda" or device_index is None:
+        return Backend("dequantize", f"no FP8 matrix product on device type {device_type}")
+    if rows % 16 or columns % 16:
+        return Backend("dequantize", f"a weight of {rows}x{columns} is no multiple of 16x16")
+    if wanted == "groups" and -(-columns // GROUP) % 4 and block_scale_step(device_index) == 1:
+        return Backend("dequantize", f"torch {torch.__version__} mistakes the block scales of {columns} columns")
+    missing = _missing_on_cuda(device_index, wanted)
+    if missing:
+        return Backend("dequantize", missing)
+    return Backend(wanted, f"{torch.cuda.get_device_name(device_index)} has FP8 matrix units")
+
+
+@functools.cache
+def _missing_on_cuda(device_index: int, wanted: Product) -> str | None:
+    """Why CUDA device `device_index` cannot run `wanted`; None where it can. Runs a 16-token product to be
+    sure.
+    """
+    major, minor = torch.cuda.get_device_capability(device_index)
+    if torch.version.hip:
+        return "ROCm is not supported"
+    if (major, minor) < (8, 9):
+        return f"compute capability {major}.{minor} is below 8.9"
+    device = torch.device("cuda", device_index)
+    x = torch.ones(16, 512, dtype=torch.bfloat16, device=device)
+    codes = torch.ones(256, 512, device=device).to(torch.float8_e4m3fn)
+    scale = torch.arange(1.0, 9.0, device=device).view(2, 4) if wanted == "groups" else torch.ones((), device=device)
+    expected = (128 * scale.sum(1)).repeat_interleave(128) if wanted == "groups" else torch.tensor(512.0, device=device)
+    try:
+        out = scaled_product(wanted, x, codes, scale, torch.ones((), device=device), None).float()
+        torch.cuda.synchronize(device)
+    except (RuntimeError, ValueError) as error:
+        return f"torch {torch.__version__} cannot run it there ({str(error).splitlines()[0][:120]})"
+    if not torch.allclose(out, expected.expand_as(out), rtol=0.01):
+        return f"torch {torch.__version__} computes it wrongly there"
+    return None
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    logger.warning("FP8 linears dequantise their weight in each forward: %s", reason)
+
+
+def announce(backend: Backend) -> None:
+    """Logs, once for each reason, that a layer does without the FP8 matrix product it could have used."""
+    if backend.product == "dequantize" and backend.reason != "asked for":
+        _say_once(backend.reason)

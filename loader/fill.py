@@ -1,0 +1,226 @@
+"""Bytes from files into a model's tensors, in bounded host memory.
+
+`Filler` gives every checkpoint tensor its memory on the device when its first bytes arrive and puts it into
+the model when the last one has. A converted component's shards are read into it as they are; an original
+one's go through the converter's stream, which hands out the same bytes that it would write to disk.
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..converter.header import TensorInfo
+from ..converter.plan import ShardPlan
+from ..converter.reading import BufferPool, Span, SpanReader, open_for_reading, read_exactly
+from ..converter.source import Shard
+from ..converter.stream import Engine, measure, stream_shard
+from .build import target_dtype
+from .checkpoint import LoadError
+from .weights import Fp8Weight
+
+SPAN_BYTES = 64 * 1024 * 1024
+_SPANS = 12  # pinned buffers: eight being read, the others on their way to the device
+_THREADS = 8
+_PIECE_BYTES = 16 * 1024 * 1024
+_DTYPES = {
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "BOOL": torch.bool,
+    "F8_E4M3": torch.int8, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64,
+}  # fmt: skip
+
+
+@dataclass
+class _Arriving:
+    info: TensorInfo
+    raw: Tensor
+    missing: int
+
+
+class Filler:
+    """Takes checkpoint bytes in any order and sets the model's parameters and buffers.
+
+    names: checkpoint tensor name to the model's. dtype: of unquantised floating-point tensors in the loaded
+    model.
+    """
+
+    def __init__(self, model: nn.Module, names: Mapping[str, str], dtype: torch.dtype, device: torch.device) -> None:
+        self.model, self.names, self.dtype, self.device = model, names, dtype, device
+        self.unexpected: list[str] = []
+        self._parts = dict(model.named_modules())
+        self._arriving: dict[str, _Arriving] = {}
+
+    def memory(self, info: TensorInfo) -> Tensor | None:
+        """The bytes of a tensor to come, uint8 [nbytes] on the device; None for one that the model does not
+        have.
+        """
+        arriving = self._arriving.get(info.name)
+        if arriving is None:
+            if self._place(info) is None:
+                self.unexpected.append(info.name)
+                return None
+            if info.dtype not in _DTYPES:
+                raise LoadError(f"{info.name} has the dtype {info.dtype}, which cannot be loaded.")
+            raw = torch.empty(info.nbytes, dtype=torch.uint8, device=self.device)
+            arriving = self._arriving[info.name] = _Arriving(info, raw, info.nbytes)
+        return arriving.raw
+
+    def wrote(self, name: str, count: int) -> None:
+        """Says that `count` more bytes of the tensor are there; the last ones put it into the model."""
+        arriving = self._arriving[name]
+        arriving.missing -= count
+        if arriving.missing == 0:
+            del self._arriving[name]
+            self._set(arriving.info, arriving.raw)
+
+    def write(self, info: TensorInfo, offset: int, data: Tensor, non_blocking: bool = False) -> None:
+        """Copies `data` (uint8) to byte `offset` of the tensor."""
+        memory = self.memory(info)
+        if memory is not None:
+            memory[offset : offset + data.numel()].copy_(data, non_blocking=non_blocking)
+            self.wrote(info.name, data.numel())
+
+    def finish(self, label: str) -> None:
+        """Checks that nothing is missing, ties what the class ties, and moves what no checkpoint holds to the
+        device.
+
+        Raises LoadError for parameters that the checkpoint lacks.
+        """
+        if self._arriving:
+            raise LoadError(f"{next(iter(self._arriving))} of {label} is incomplete; convert the snapshot again.")
+        tie_weights = getattr(self.model, "tie_weights", None)
+        if callable(tie_weights):
+            tie_weights()
+        missing = [n for n, t in self.model.state_dict().items() if t.is_meta]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise LoadError(f"{label} lacks {missing[0]}{more}; download or convert it again.")
+        self.model.to(self.device)
+
+    def _place(self, info: TensorInfo) -> tuple[nn.Module, str] | None:
+        path, _, leaf = self.names[info.name].rpartition(".")
+        part = self._parts.get(path)
+        if part is None or (leaf not in part._parameters and leaf not in part._buffers):
+            return None
+        return part, leaf
+
+    def _set(self, info: TensorInfo, raw: Tensor) -> None:
+        place = self._place(info)
+        assert place is not None
+        part, leaf = place
+        source = _DTYPES[info.dtype]
+        tensor = raw.view(source).view(info.shape)
+        if not (isinstance(part, Fp8Weight) and leaf != "bias"):
+            tensor = tensor.to(target_dtype(self.model, self.names[info.name], source, self.dtype))
+        old = part._parameters.get(leaf)
+        expected = old if old is not None else part._buffers[leaf]
+        if expected is not None and tensor.shape != expected.shape:
+            if tensor.numel() != expected.numel() or not isinstance(part, Fp8Weight):
+                raise LoadError(
+                    f"{info.name} has the shape {list(tensor.shape)}, but {type(part).__name__} wants "
+                    f"{list(expected.shape)}; the config does not fit the weights."
+                )
+            tensor = tensor.view(expected.shape)  # a scalar scale written as [1]
+        if leaf in part._parameters:
+            part._parameters[leaf] = nn.Parameter(tensor, requires_grad=old is not None and old.requires_grad)
+        else:
+            part._buffers[leaf] = tensor
+
+
+def fill_from_shards(filler: Filler, shards: tuple[Shard, ...]) -> None:
+    """Reads every tensor of the shards as it is."""
+    if filler.device.type == "cpu":
+        _read_in_place(filler, shards)
+    else:
+        _read_through_pinned(filler, shards)
+
+
+def fill_from_stream(
+    filler: Filler, shards: tuple[ShardPlan, ...], engine: Engine, input_scales: Mapping[str, float]
+) -> None:
+    """Converts the shards on the way in; the bytes are those of the offline conversion."""
+    amaxes: dict[str, float] = {}
+    for shard in shards:
+        if wanted := [group for group in shard.schedule.measured if group not in amaxes]:
+            amaxes |= measure(shards, wanted, engine)
+        infos = {info.name: info for info in shard.schedule.outputs}
+        for info in infos.values():
+            if not info.nbytes:
+                filler.write(info, 0, torch.empty(0, dtype=torch.uint8))
+        for chunk in stream_shard(shard, engine, amaxes=amaxes, input_scales=input_scales):
+            filler.write(infos[chunk.name], chunk.offset, chunk.data)
+
+
+def _read_in_place(filler: Filler, shards: tuple[Shard, ...]) -> None:
+    """CPU: straight from the file into the parameter's memory."""
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), "fp8-load") as executor:
+        for shard in shards:
+            assert shard.local is not None
+            fd = open_for_reading(shard.local, shard.path)
+            try:
+                reads = []
+                for info in shard.header.tensors:
+                    memory = filler.memory(info)
+                    if memory is None:
+                        continue
+                    start = shard.header.data_start + info.start
+                    for offset in range(0, info.nbytes, _PIECE_BYTES):
+                        view = memoryview(memory.numpy().data)[offset : offset + _PIECE_BYTES]
+                        reads.append(executor.submit(read_exactly, fd, view, start + offset, shard.path))
+                for read in reads:
+                    read.result()
+                for info in shard.header.tensors:
+                    if info.name not in filler.unexpected:
+                        filler.wrote(info.name, info.nbytes)
+            finally:
+                os.close(fd)
+
+
+def _read_through_pinned(filler: Filler, shards: tuple[Shard, ...]) -> None:
+    """CUDA: threads read spans into pinned buffers, from which they are copied while others are read."""
+    pool = BufferPool(pinned=True)
+    pool.configure(SPAN_BYTES, _SPANS)
+    for shard in shards:
+        assert shard.local is not None
+        first, last = shard.header.data_start, shard.header.file_size
+        spans = [(start, min(start + SPAN_BYTES, last)) for start in range(first, last, SPAN_BYTES)]
+        fd = open_for_reading(shard.local, shard.path)
+        try:
+            reader = SpanReader(fd, spans, pool, where=shard.path, threads=_THREADS, drop_behind=False)
+            with closing(reader):
+                copying: deque[tuple[torch.cuda.Event, Span]] = deque()
+                for start, stop in spans:
+                    while copying and (len(copying) > 2 or not reader.waiting()):
+                        _release(copying)
+                    span = reader.next()
+                    for info, low, high in _overlapping(shard, start - first, stop - first):
+                        piece = span.data[low - (start - first) : high - (start - first)]
+                        filler.write(info, low - info.start, piece, non_blocking=True)
+                    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                    event.record(torch.cuda.current_stream(filler.device))
+                    copying.append((event, span))
+                while copying:
+                    _release(copying)
+        finally:
+            os.close(fd)
+
+
+def _release(copying: "deque[tuple[torch.cuda.Event, Span]]") -> None:
+    event, span = copying.popleft()
+    event.synchronize()
+    span.release()
+
+
+def _overlapping(shard: Shard, start: int, stop: int) -> Iterator[tuple[TensorInfo, int, int]]:
+    """Tensors with bytes in [start, stop) of the data section, and which; empty tensors where they stand."""
+    for info in shard.header.tensors:
+        if info.start >= stop and info.nbytes:
+            return
+        low, high = max(info.start, start), min(info.end, stop)
+        if low < high or (not info.nbytes and start <= info.start < stop):
+            yield info, low, max(low, high)

@@ -1,0 +1,49 @@
+"""Puts an FP8 layer in a plain layer's place."""
+
+from typing import cast
+
+import torch
+from torch import nn
+
+from .backend import Choice
+from .linear import W8A8LinearMixin
+from .storage import StorageConvMixin, StorageLinearMixin
+from .weights import Fp8Weight, Mode, become_fp8, parse_scheme
+
+
+def install(
+    module: nn.Module,
+    mode: Mode,
+    scheme: str,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "meta",
+    activation_scheme: str = "dynamic",
+    backend: Choice = "auto",
+    name: str = "",
+) -> Fp8Weight:
+    """Changes `module` in place into its FP8 form, its codes and scales not yet filled; returns it.
+
+    `mode` is "w8a8" (`nn.Linear`) or "storage" (`nn.Linear`, `nn.Conv2d`, `nn.Conv3d` and subclasses);
+    `scheme` is "tensor" or "block{bn}x{bk}". The plain weight is dropped. `name` is for messages. Raises
+    TypeError for a module of another kind, ValueError for a scheme that the mode or the weight's shape does
+    not allow.
+    """
+    where = f"{name} ({type(module).__name__})" if name else type(module).__name__
+    if isinstance(module, Fp8Weight):
+        raise TypeError(f"{where} is FP8 already")
+    static = activation_scheme == "static" and mode == "w8a8"
+    block = parse_scheme(scheme)
+    if static and block:
+        raise ValueError(f"{where}: static activation scales go with per-tensor weights, not with {scheme}")
+    if isinstance(module, nn.Linear):
+        if type(module).forward is not nn.Linear.forward:
+            raise TypeError(f"{where} has a forward of its own, which FP8 weights would bypass: ignore this layer")
+        if mode == "w8a8":
+            made = become_fp8(module, W8A8LinearMixin, block, dtype, device, static)
+            cast(W8A8LinearMixin, made).backend = backend
+            return made
+        return become_fp8(module, StorageLinearMixin, block, dtype, device)
+    if isinstance(module, (nn.Conv2d, nn.Conv3d)) and mode == "storage":
+        return become_fp8(module, StorageConvMixin, block, dtype, device)
+    raise TypeError(f"{where} cannot hold FP8 weights in mode {mode!r}")

@@ -1,0 +1,60 @@
+"""W8A8: a linear layer whose weight and activations are E4M3 in the product.
+
+    y = (codes(x) @ codes(w).T) * scale(x) * scale(w) + bias
+
+x is [..., K] in bf16, fp16 or fp32, y [..., N] in the same dtype. Activations are quantised in each forward:
+a scale for each token with per-tensor weights, for each 1x128 group of a token with block weights, or the
+checkpoint's one `input_scale` with the static scheme. Where no FP8 matrix product runs, or gradients are
+wanted, the weight is dequantised for this one forward and the activations stay as they are (`backend.py`
+decides and says why).
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from . import kernels
+from .backend import Backend, Choice, announce, choose
+from .product import Product, scaled_product
+from .weights import INPUT_SCALE, Fp8Weight, Mode
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _product(choice: Choice, wanted: Product, device_type: str, index: int | None, n: int, k: int) -> Product:
+    backend = choose(choice, wanted, device_type, index, n, k)
+    announce(backend)
+    return backend.product
+
+
+class W8A8LinearMixin(Fp8Weight, nn.Linear):
+    """What `install` mixes into `nn.Linear`: the result is called W8A8Linear."""
+
+    mode: Mode = "w8a8"  # type: ignore[misc]
+    backend: Choice = "auto"
+
+    @property
+    def wanted(self) -> Product:
+        """The product that this layer's scales call for."""
+        if self.block is None:
+            return "tensor" if INPUT_SCALE in self._buffers else "rows"
+        return "groups" if self.block == (kernels.GROUP, kernels.GROUP) else "dequantize"
+
+    def backend_on(self, device: torch.device) -> Backend:
+        """The product this layer runs on `device`, and why."""
+        if self.wanted == "dequantize":
+            return Backend("dequantize", f"no FP8 matrix product for scheme {self.scheme}")
+        return choose(self.backend, self.wanted, device.type, device.index, self.out_features, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = self.dtype_for(x)
+        product = self.wanted
+        if product != "dequantize":
+            product = _product(
+                self.backend, product, x.device.type, x.device.index, self.out_features, self.in_features
+            )
+        if product == "dequantize" or dtype == torch.float64 or (x.requires_grad and torch.is_grad_enabled()):
+            return linear(x.to(dtype), self.dequantized(dtype), self._bias(dtype))
+        flat = x if x.dtype == dtype else x.to(dtype)
+        flat = flat if flat.dim() == 2 else flat.reshape(-1, self.in_features)
+        out = scaled_product(product, flat, self.codes, self.scale, self._buffers.get(INPUT_SCALE), self._bias(dtype))
+        return out if x.dim() == 2 else out.view(*x.shape[:-1], self.out_features)

@@ -1,0 +1,144 @@
+"""`report(pipe)`: what was promised FP8, what is installed, the bytes, and which matrix product runs and
+why.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..converter import layout
+from .checkpoint import Fp8Modules
+from .linear import W8A8LinearMixin
+from .weights import Fp8Weight
+
+
+@dataclass(frozen=True)
+class ComponentReport:
+    """One component. Counts are of FP8 modules by mode; bytes are of parameters and buffers.
+
+    `missing` are promised modules that are not FP8, `extra` FP8 ones that nobody promised. `backends` counts
+    "product: reason" of the W8A8 linears, on the device where they are now.
+    """
+
+    name: str
+    class_name: str
+    device: str
+    dtype: str
+    expected: Mapping[str, int]
+    installed: Mapping[str, int]
+    missing: tuple[str, ...]
+    extra: tuple[str, ...]
+    bytes_at_rest: int
+    bytes_in_bf16: int
+    backends: Mapping[str, int]
+
+    @property
+    def ok(self) -> bool:
+        return not self.missing and not self.extra
+
+
+@dataclass(frozen=True)
+class Report:
+    """A pipeline's components. Printing it is what belongs into a bug report."""
+
+    pipeline: str
+    components: tuple[ComponentReport, ...]
+    versions: Mapping[str, str]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every component has the FP8 modules that it was promised."""
+        return all(component.ok for component in self.components)
+
+    def __str__(self) -> str:
+        versions = ", ".join(f"{name} {number}" for name, number in self.versions.items())
+        lines = [f"{self.pipeline} ({versions})"]
+        lines.append(f"{'component':18} {'FP8 modules':>24} {'GB at rest':>11} {'GB in BF16':>11}  device, dtype")
+        for c in self.components:
+            counts = ", ".join(f"{c.installed.get(m, 0)}/{c.expected.get(m, 0)} {m}" for m in _modes(c)) or "none"
+            lines.append(
+                f"{c.name:18} {counts:>24} {c.bytes_at_rest / 1e9:11.3f} {c.bytes_in_bf16 / 1e9:11.3f}  "
+                f"{c.device}, {c.dtype.removeprefix('torch.')}"
+            )
+            lines += [f"{'':18} {count} linears run {backend}" for backend, count in c.backends.items()]
+            lines += [f"{'':18} NOT FP8: {name}" for name in c.missing[:5]]
+            lines += [f"{'':18} unexpectedly FP8: {name}" for name in c.extra[:5]]
+        total = sum(c.bytes_at_rest for c in self.components), sum(c.bytes_in_bf16 for c in self.components)
+        verdict = "every promised module is FP8" if self.ok else "SOME PROMISED MODULES ARE NOT FP8"
+        lines.append(f"{'all':18} {'':>24} {total[0] / 1e9:11.3f} {total[1] / 1e9:11.3f}  {verdict}")
+        return "\n".join(lines)
+
+
+def report(pipe: Any) -> Report:
+    """Report on a pipeline, or on a single component. Runs nothing and changes nothing."""
+    parts = {"": pipe} if isinstance(pipe, nn.Module) else getattr(pipe, "components", {})
+    modules = {name or type(part).__name__: part for name, part in parts.items() if isinstance(part, nn.Module)}
+    versions = {name: version(name) for name in ("fp8-convert", "torch", "diffusers", "transformers")}
+    described = tuple(_component(name, part) for name, part in modules.items())
+    return Report(type(pipe).__name__, described, versions)
+
+
+def unlisted_linears(model: nn.Module, fp8: Fp8Modules, names: Mapping[str, str]) -> list[str]:
+    """Linears that config.json does not ignore and that are not FP8, by checkpoint name."""
+    if not fp8.config or not fp8.modules:
+        return []
+    listed = set(fp8.config.get("ignored_layers") or ())
+    parts = dict(model.named_modules())
+    plain = []
+    for key, own in names.items():
+        module = parts.get(own.removesuffix(layout.WEIGHT)) if own.endswith(layout.WEIGHT) else None
+        name = key.removesuffix(layout.WEIGHT)
+        if isinstance(module, nn.Linear) and not isinstance(module, Fp8Weight) and name not in listed:
+            plain.append(name)
+    return plain
+
+
+def _modes(component: ComponentReport) -> list[str]:
+    return sorted({*component.expected, *component.installed}, reverse=True)
+
+
+def _component(name: str, model: nn.Module) -> ComponentReport:
+    quantizer = getattr(model, "hf_quantizer", None)
+    promised: Fp8Modules = getattr(quantizer, "fp8", Fp8Modules({}, {}))
+    own: Mapping[str, str] = getattr(quantizer, "names", {})
+    installed = {n.replace(".base_layer", ""): m for n, m in model.named_modules() if isinstance(m, Fp8Weight)}
+    expected = {own[n]: mode for n, (mode, _) in promised.modules.items()} if own else {}
+    wrong = [n for n, mode in expected.items() if n not in installed or installed[n].mode != mode]
+    tensors = [*model.parameters(), *model.buffers()]
+    at_rest = sum(t.numel() * t.element_size() for t in tensors)
+    scales = sum(b.numel() * b.element_size() for m in installed.values() for b in m._buffers.values() if b is not None)
+    codes = sum(m.codes.numel() for m in installed.values())
+    products: Counter[str] = Counter()
+    for module in installed.values():
+        if isinstance(module, W8A8LinearMixin):
+            backend = module.backend_on(_running_device(model, module))
+            products[f"{backend.product}: {backend.reason}"] += 1
+    first = next(iter(tensors), torch.empty(0))
+    return ComponentReport(
+        name,
+        type(model).__name__,
+        str(getattr(model, "device", first.device)),
+        str(getattr(model, "dtype", first.dtype)),
+        Counter(expected.values()),
+        Counter(m.mode for m in installed.values()),
+        tuple(wrong),
+        tuple(n for n in installed if n not in expected),
+        at_rest,
+        at_rest - scales + codes,
+        products,
+    )
+
+
+def _running_device(model: nn.Module, module: Fp8Weight) -> torch.device:
+    """Where the module computes: under offload that is not where its weight waits."""
+    hook = getattr(module, "_hf_hook", None) or getattr(model, "_hf_hook", None)
+    execution = getattr(hook, "execution_device", None)
+    if execution is None:
+        return module.codes.device
+    device = torch.device("cuda", execution) if isinstance(execution, int) else torch.device(execution)
+    return torch.device("cuda", 0) if device.type == "cuda" and device.index is None else device
