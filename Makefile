@@ -22,7 +22,7 @@ lint: $(VENV)/ready-test
 
 # Hundreds of random kills, full disks and read errors: some twenty minutes.
 faults: $(VENV)/ready-test
-	FP8_CONVERT_FAULTS=300 FP8_CONVERT_FUZZ=2000 $(BIN)/python -m pytest tests/test_faults.py tests/test_hostile.py -s
+	FP8_CONVERT_FAULTS=300 FP8_CONVERT_FUZZ=2000 $(BIN)/python -m pytest tests/test_faults.py tests/test_hostile.py tests/test_memory.py -s
 
 clean:
 	rm -rf $(VENV) build dist demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

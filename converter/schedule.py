@@ -126,9 +126,7 @@ def scale_domain(tensor: PlannedTensor) -> str | None:
 
 
 def split_unit(tensor: PlannedTensor) -> int:
-    """Bytes at whose multiples a tensor may be split: a row of blocks, an element, or anywhere if it is kept."""
-    if not tensor.decision.fp8:
-        return 1
+    """Bytes at whose multiples a tensor may be split: a row of blocks, or an element."""
     if tensor.decision.block is None:
         return tensor.info.itemsize
     rows = min(tensor.decision.block[0], tensor.info.shape[0])

@@ -37,8 +37,10 @@ _DTYPES = {
 
 @dataclass
 class _Arriving:
+    """A tensor that is on its way: `memory` is uint8, or of the final dtype where pieces are cast as they come."""
+
     info: TensorInfo
-    raw: Tensor
+    memory: Tensor
     missing: int
 
 
@@ -68,7 +70,7 @@ class Filler:
                 raise LoadError(f"{info.name} has the dtype {info.dtype}, which cannot be loaded.")
             raw = torch.empty(info.nbytes, dtype=torch.uint8, device=self.device)
             arriving = self._arriving[info.name] = _Arriving(info, raw, info.nbytes)
-        return arriving.raw
+        return arriving.memory
 
     def wrote(self, name: str, count: int) -> None:
         """Says that `count` more bytes of the tensor are there; the last ones put it into the model."""
@@ -76,7 +78,7 @@ class Filler:
         arriving.missing -= count
         if arriving.missing == 0:
             del self._arriving[name]
-            self._set(arriving.info, arriving.raw)
+            self._set(arriving.info, arriving.memory)
 
     def write(self, info: TensorInfo, offset: int, data: Tensor, non_blocking: bool = False) -> None:
         """Copies `data` (uint8) to byte `offset` of the tensor."""
@@ -84,6 +86,24 @@ class Filler:
         if memory is not None:
             memory[offset : offset + data.numel()].copy_(data, non_blocking=non_blocking)
             self.wrote(info.name, data.numel())
+
+    def write_cast(self, info: TensorInfo, offset: int, data: Tensor) -> None:
+        """As `write`, for pieces that hold whole elements: they are cast to the final dtype one by one, so that a
+        tensor never exists in both dtypes.
+        """
+        final = self._final_dtype(info)
+        if final is None or final == _DTYPES.get(info.dtype):
+            self.write(info, offset, data)
+            return
+        arriving = self._arriving.get(info.name)
+        if arriving is None:
+            memory = torch.empty(info.numel, dtype=final, device=self.device)
+            arriving = self._arriving[info.name] = _Arriving(info, memory, info.nbytes)
+        if data.data_ptr() % info.itemsize:
+            data = data.clone()  # odd-sized neighbours in the file left it unaligned
+        first = offset // info.itemsize
+        arriving.memory[first : first + data.numel() // info.itemsize].copy_(data.view(_DTYPES[info.dtype]))
+        self.wrote(info.name, data.numel())
 
     def finish(self, label: str) -> None:
         """Checks that nothing is missing, ties what the class ties, and moves what no checkpoint holds to the
@@ -109,14 +129,23 @@ class Filler:
             return None
         return part, leaf
 
-    def _set(self, info: TensorInfo, raw: Tensor) -> None:
+    def _final_dtype(self, info: TensorInfo) -> torch.dtype | None:
+        """The tensor's dtype in the model; None for one that the model does not have."""
         place = self._place(info)
+        source = _DTYPES.get(info.dtype)
+        if place is None or source is None:
+            return None
+        part, leaf = place
+        if isinstance(part, Fp8Weight) and leaf != "bias":
+            return source
+        return target_dtype(self.model, self.names[info.name], source, self.dtype)
+
+    def _set(self, info: TensorInfo, memory: Tensor) -> None:
+        place, final = self._place(info), self._final_dtype(info)
         assert place is not None
         part, leaf = place
-        source = _DTYPES[info.dtype]
-        tensor = raw.view(source).view(info.shape)
-        if not (isinstance(part, Fp8Weight) and leaf != "bias"):
-            tensor = tensor.to(target_dtype(self.model, self.names[info.name], source, self.dtype))
+        tensor = memory.view(_DTYPES[info.dtype]).to(final) if memory.dtype == torch.uint8 else memory
+        tensor = tensor.view(info.shape)
         old = part._parameters.get(leaf)
         expected = old if old is not None else part._buffers[leaf]
         if expected is not None and tensor.shape != expected.shape:
@@ -153,7 +182,7 @@ def fill_from_stream(
             if not info.nbytes:
                 filler.write(info, 0, torch.empty(0, dtype=torch.uint8))
         for chunk in stream_shard(shard, engine, amaxes=amaxes, input_scales=input_scales):
-            filler.write(infos[chunk.name], chunk.offset, chunk.data)
+            filler.write_cast(infos[chunk.name], chunk.offset, chunk.data)
 
 
 def _read_in_place(filler: Filler, shards: tuple[Shard, ...]) -> None:

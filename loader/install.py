@@ -5,10 +5,11 @@ from typing import cast
 import torch
 from torch import nn
 
+from ..converter import layout
 from .backend import Choice
 from .linear import W8A8LinearMixin
 from .storage import StorageConvMixin, StorageLinearMixin
-from .weights import Fp8Weight, Mode, become_fp8, parse_scheme
+from .weights import Fp8Weight, Mode, become_fp8
 
 
 def install(
@@ -33,7 +34,7 @@ def install(
     if isinstance(module, Fp8Weight):
         raise TypeError(f"{where} is FP8 already")
     static = activation_scheme == "static" and mode == "w8a8"
-    block = parse_scheme(scheme)
+    block = layout.scheme_block(scheme)
     if static and block:
         raise ValueError(f"{where}: static activation scales go with per-tensor weights, not with {scheme}")
     if isinstance(module, nn.Linear):

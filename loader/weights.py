@@ -16,12 +16,13 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from ..converter import layout
 from . import kernels
 
 Mode = Literal["w8a8", "storage"]
-WEIGHT_SCALE = "weight_scale"
-WEIGHT_SCALE_INV = "weight_scale_inv"
-INPUT_SCALE = "input_scale"
+WEIGHT_SCALE, WEIGHT_SCALE_INV, INPUT_SCALE = (
+    suffix.removeprefix(".") for suffix in (layout.WEIGHT_SCALE, layout.WEIGHT_SCALE_INV, layout.INPUT_SCALE)
+)
 _HELD = ("weight", WEIGHT_SCALE, WEIGHT_SCALE_INV, INPUT_SCALE)
 
 
@@ -48,7 +49,7 @@ class Fp8Weight(nn.Module):
     @property
     def scheme(self) -> str:
         """ "tensor" or "block{bn}x{bk}", as the shards' metadata spells it."""
-        return f"block{self.block[0]}x{self.block[1]}" if self.block else "tensor"
+        return layout.scheme_name(self.block)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight in `dtype`, a new tensor: float32(codes) * scale, rounded once."""
@@ -133,18 +134,6 @@ def _rebuild(mixin: type[Fp8Weight], plain: type[nn.Module]) -> Fp8Weight:
     return made.__new__(made)
 
 
-def parse_scheme(scheme: str) -> tuple[int, int] | None:
-    """ "tensor" -> None, "block128x128" -> (128, 128). Raises ValueError for anything else."""
-    if scheme == "tensor":
-        return None
-    rows, cross, columns = scheme.removeprefix("block").partition("x")
-    if not scheme.startswith("block") or not cross or not (rows.isdecimal() and columns.isdecimal()):
-        raise ValueError(f"unknown scale scheme {scheme!r}: expected 'tensor' or 'block128x128'")
-    if not int(rows) or not int(columns):
-        raise ValueError(f"scale scheme {scheme!r} has an empty block")
-    return int(rows), int(columns)
-
-
 def become_fp8(
     module: nn.Module,
     mixin: type[Fp8Weight],
@@ -165,10 +154,9 @@ def become_fp8(
     made = cast(Fp8Weight, module)
     codes = torch.empty(shape, dtype=torch.int8, device=device)
     made._parameters["weight"] = nn.Parameter(codes, requires_grad=False)
-    scale_shape = () if block is None else (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
     made.register_buffer(
         WEIGHT_SCALE_INV if block else WEIGHT_SCALE,
-        torch.empty(scale_shape, dtype=torch.float32, device=device),
+        torch.empty(layout.scale_shape(shape, block), dtype=torch.float32, device=device),
     )
     if static:
         made.register_buffer(INPUT_SCALE, torch.empty((), dtype=torch.float32, device=device))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from fp8_convert.converter import convert
 from fp8_convert.converter.cli import main
 from hub_server import HubServer, running_hub
 from pipelines import copied, saved
@@ -60,6 +61,15 @@ def test_converting_in_python(reader: HubServer) -> None:
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), {})
     assert Path("my-pipeline-fp8/fp8_convert.json").is_file()
+
+
+def test_loading_in_python(reader: HubServer) -> None:
+    convert(saved("qwen_image"), "qwen-image-fp8")
+    (snippet,) = [s for s in fences(ROOT / "README.md", "python") if "fp8_convert.loader" in s]
+    small = snippet.replace("num_inference_steps=2", "num_inference_steps=2, height=64, width=64")
+    names: dict[str, object] = {}
+    exec(compile(small, "README.md", "exec"), names)
+    assert names["image"]
 
 
 def test_every_option_of_the_readme_exists() -> None:

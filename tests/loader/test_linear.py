@@ -212,7 +212,7 @@ def test_one_seam_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (nn.Embedding(4, 4), "storage", "tensor", {}, "cannot hold FP8 weights"),
         (nn.Conv2d(2, 2, 1), "w8a8", "tensor", {}, "cannot hold FP8 weights in mode 'w8a8'"),
-        (nn.Linear(4, 4), "w8a8", "rows", {}, "unknown scale scheme 'rows'"),
+        (nn.Linear(4, 4), "w8a8", "rows", {}, "unknown scheme 'rows'"),
         (
             nn.Linear(4, 4),
             "w8a8",
