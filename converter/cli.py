@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -24,7 +25,14 @@ from .manifest import shipped
 from .modules import quiet_libraries
 from .progress import for_terminal
 from .recipe import ACTIVATION_SCHEMES, tool_version
-from .render import render_inspection, render_manifests, render_plan, render_result, render_verification
+from .render import (
+    render_inspection,
+    render_manifests,
+    render_plan,
+    render_result,
+    render_verification,
+    terminal_width,
+)
 from .verify import verify
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -81,9 +89,9 @@ def _json_option(function: F) -> F:
 @main.command("convert", cls=Conversion, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("source")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write the FP8 snapshot to.")
-@click.option("--dry-run", is_flag=True, help="Print the plan, from headers alone; nothing is downloaded or written.")
+@click.option("--dry-run", is_flag=True, help="Print the plan, from headers alone; no weights are downloaded.")
 @_json_option
-@click.option("--quantization", type=click.Choice(["fp8"]), default="fp8", show_default=True)
+@click.option("--quantization", type=click.Choice(["fp8"]), default="fp8", show_default=True, help="The format.")
 @click.option("--manifest", metavar="NAME|PATH", help="Rules to use; by default chosen by repo id and class names.")
 @click.option(
     "--ignored-layers",
@@ -91,18 +99,32 @@ def _json_option(function: F) -> F:
     multiple=True,
     help="DiT layers to keep, beside the manifest's. Repeatable.",
 )
-@click.option("--component", "components", multiple=True, help="Convert only this component. Repeatable.")
+@click.option(
+    "--component", "components", metavar="NAME", multiple=True, help="Convert only this component. Repeatable."
+)
 @click.option("--compact", is_flag=True, help="FP8 storage for the DiT layers that W8A8 must skip.")
 @click.option(
     "--weight-block-size", type=int, nargs=2, metavar="N M", help="Block scales for the DiT, such as 128 128."
 )
-@click.option("--activation-scheme", type=click.Choice(ACTIVATION_SCHEMES), default="dynamic", show_default=True)
+@click.option(
+    "--activation-scheme",
+    type=click.Choice(ACTIVATION_SCHEMES),
+    default="dynamic",
+    show_default=True,
+    help="Activation scales: computed while running, or stored.",
+)
 @click.option(
     "--input-scales",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Safetensors file of NAME.input_scale scalars, for static activations.",
 )
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where the arithmetic runs; the bytes are the same.",
+)
 @click.option("--workers", type=click.IntRange(1), help="CPU threads for the arithmetic.")
 @click.option("--stream", is_flag=True, help="Hub id: download shard by shard and keep none; needs room for two.")
 @click.option("--force", is_flag=True, help="Replace a finished FP8 snapshot.")
@@ -130,17 +152,18 @@ def convert_command(
     settings["ignored_layers"] = [name for names in ignored_layers for name in names]
     if not dry_run and output is None:
         raise click.UsageError("Name the output folder with -o, or pass --dry-run.")
-    with _errors():
+    with _errors("run the same command again to resume"):
         if dry_run:
             for unused in ("device", "workers", "stream", "force"):
                 del settings[unused]
             hub = ("revision", "token", "cache_dir", "local_files_only", "variant")
             options = SourceOptions(**{name: settings.pop(name) for name in hub})
             plan = plan_conversion(source, options=options, **settings)
-            click.echo(json.dumps(plan.to_json(), indent=2) if as_json else render_plan(plan))
+            click.echo(json.dumps(plan.to_json(), indent=2) if as_json else render_plan(plan, terminal_width()))
             return
         assert output is not None
-        result = convert(source, output, progress=for_terminal(), **settings)
+        with contextlib.closing(for_terminal()) as progress:
+            result = convert(source, output, progress=progress, **settings)
         click.echo(json.dumps(result.to_json(), indent=2) if as_json else render_result(result))
 
 
@@ -155,7 +178,10 @@ def inspect_command(path: Path, as_json: bool) -> None:
     """
     with _errors():
         inspection = inspect(path)
-        click.echo(json.dumps(inspection.to_json(), indent=2) if as_json else render_inspection(inspection))
+        if as_json:
+            click.echo(json.dumps(inspection.to_json(), indent=2))
+        else:
+            click.echo(render_inspection(inspection, terminal_width()))
         if any(c.problems for c in inspection.components):
             sys.exit(1)
 
@@ -178,9 +204,12 @@ def verify_command(path: Path, source: str | None, manifest: str | None, as_json
       fp8-convert verify qwen-image-fp8
       fp8-convert verify qwen-image-fp8 --source Qwen/Qwen-Image
     """
+    if source is None and (manifest is not None or any(hub.values())):
+        raise click.UsageError("Name the source with --source; the other options but --json say how to read it.")
     with _errors():
         options = SourceOptions(**hub)
-        found = verify(path, source=source, manifest=manifest, options=options, progress=for_terminal())
+        with contextlib.closing(for_terminal()) as progress:
+            found = verify(path, source=source, manifest=manifest, options=options, progress=progress)
         click.echo(json.dumps(found.to_json(), indent=2) if as_json else render_verification(found))
         if not found.ok:
             sys.exit(1)
@@ -202,11 +231,18 @@ def manifests_command(as_json: bool) -> None:
         ]
         click.echo(json.dumps(entries, indent=2))
     else:
-        click.echo(render_manifests(manifests))
+        click.echo(render_manifests(manifests, terminal_width()))
 
 
 @main.command("demo")
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("demo-out"), show_default=True)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("demo-out"),
+    show_default=True,
+    help="Folder to write to; a finished FP8 snapshot in it is replaced.",
+)
 def demo_command(output: Path) -> None:
     """Run everything once on a tiny built-in pipeline.
 
@@ -217,23 +253,23 @@ def demo_command(output: Path) -> None:
         run_demo(output, click.echo)
 
 
-class _errors:  # noqa: N801 - reads as a statement
-    """Errors of the library become one sentence and exit code 1; signals stop cleanly; bugs show their traceback."""
+@contextlib.contextmanager
+def _errors(advice: str = "run the same command again") -> Iterator[None]:
+    """Errors of the library become one sentence and exit code 1; signals stop cleanly; bugs show their traceback.
 
-    def __enter__(self) -> None:
-        self._quiet = quiet_libraries()
-        self._quiet.__enter__()
-        signal.signal(signal.SIGTERM, _terminate)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._quiet.__exit__(None, None, None)
-        if isinstance(error, ConvertError):
-            click.echo(f"error: {' '.join(str(error).splitlines())}", err=True)  # one line, whatever a name holds
-            sys.exit(1)
-        if isinstance(error, KeyboardInterrupt):
-            click.echo("stopped; run the same command again to resume.", err=True)
-            sys.stdout.flush()
-            os._exit(130)  # a download that is under way would hold up a normal exit
+    advice: what to do after a signal.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        with quiet_libraries():
+            yield
+    except ConvertError as error:
+        click.echo(f"error: {' '.join(str(error).splitlines())}", err=True)  # one line, whatever a name holds
+        sys.exit(1)
+    except KeyboardInterrupt:
+        click.echo(f"stopped; {advice}.", err=True)
+        sys.stdout.flush()
+        os._exit(130)  # a download that is under way would hold up a normal exit
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
-from .errors import ConvertError
+from .errors import ConvertError, ResumableError
 from .hub import HubFiles
 from .layout import RECORD_FILE, Block, encode_json
 from .locate import SourceOptions, fetch, open_source
 from .manifest import choose_manifest, load_manifest
 from .plan import Plan, ShardPlan, make_plan
 from .progress import Progress, Silent
+from .reading import open_for_reading
 from .recipe import Recipe
 from .record import make_record
 from .scales import read_input_scales
@@ -152,11 +153,13 @@ def convert(
         input_scales=input_scales,
         options=options,
     )
+    _check_outside(Path(output), source)
     engine = Engine(_device(device), workers=workers or min(_MOST_WORKERS, os.cpu_count() or 2))
     for note in plan.notes:
         progress.say(f"note: {note}")
     with open_target(Path(output), force=force) as target:
-        target.check_space(plan.bytes_to_write)
+        streamed = stream and isinstance(plan.snapshot.files, HubFiles)
+        target.check_space(plan.bytes_to_write + (_two_largest(plan) if streamed else 0))
         if not stream:
             plan = _downloaded(plan, options)
         if target.resume(_key(plan)):
@@ -230,9 +233,12 @@ def _convert_shard(
             reported = share
         source_sha256 = hasher.hexdigest()
         if shard.source.sha256 not in (None, source_sha256):
-            raise ConvertError(
-                f"{shard.source.path} differs from the Hub's digest, so its download is corrupt; delete "
-                f"{shard.source.local.resolve()} and run again."
+            advice = f"delete {shard.source.local.resolve()} and run again"
+            if shard.source.local.is_relative_to(target.sources):
+                shard.source.local.unlink()
+                advice = "run the same command again to fetch it anew"
+            raise ResumableError(
+                f"{shard.source.path} differs from the Hub's digest, so its download is corrupt; {advice}."
             )
         sha256 = writer.commit()
     progress.advance(shard.source.size - reported)
@@ -272,11 +278,21 @@ def _same_source(shard: ShardPlan, done: Done) -> bool:
     assert shard.source.local is not None
     if source_stat(shard.source.local) == done.source_stat:
         return True
-    fd = os.open(shard.source.local, os.O_RDONLY)
+    fd = open_for_reading(shard.source.local, shard.source.path)
     try:
         return file_sha256(fd) == done.source_sha256
     finally:
         os.close(fd)
+
+
+def _check_outside(output: Path, source: str | os.PathLike[str]) -> None:
+    if Path(source).is_dir() and output.resolve().is_relative_to(Path(source).resolve()):
+        raise ConvertError(f"{output} is the source or lies inside it; choose another folder for the output.")
+
+
+def _two_largest(plan: Plan) -> int:
+    """Bytes of the source shards that lie beside the output while they are streamed."""
+    return sum(sorted(s.source.size for s in plan.shards)[-2:])
 
 
 def _bytes_of(shards: Sequence[ShardPlan], domains: Sequence[str]) -> int:

@@ -15,7 +15,7 @@ from .errors import ConvertError
 from .header import TensorInfo
 from .modules import module_map
 from .record import check_record, read_record
-from .source import Component, LocalFiles, describe
+from .source import Component, LocalFiles, describe, require_folder
 
 _SCALES = (layout.WEIGHT_SCALE, layout.WEIGHT_SCALE_INV, layout.INPUT_SCALE)
 
@@ -67,8 +67,7 @@ class Inspection:
 def inspect(path: str | Path) -> Inspection:
     """Inspect a snapshot's folder, or one component's. Raises ConvertError."""
     root = Path(path)
-    if not root.is_dir():
-        raise ConvertError(f"The folder {root} does not exist; check the path.")
+    require_folder(root)
     record = read_record(root) or {}
     damaged = bool(record) and any(check_record(root))
     if damaged:  # its reasons cannot be believed, and perhaps not even be read
@@ -76,16 +75,20 @@ def inspect(path: str | Path) -> Inspection:
     snapshot = describe(LocalFiles(root), allow_converted=True)
     recorded = record.get("components", {})
     source = record.get("source", {})
+    views = tuple(_view(c, recorded.get(c.name, {})) for c in snapshot.components)
     return Inspection(
         str(root),
-        "fp8-convert, with a damaged record: run verify" if damaged else _tool(record),
+        "fp8-convert, with a damaged record: run verify" if damaged else _tool(record, views),
         source.get("repo") and f"{source['repo']} @ {source.get('commit')}",
-        tuple(_view(c, recorded.get(c.name, {})) for c in snapshot.components),
+        views,
     )
 
 
-def _tool(record: dict[str, Any]) -> str | None:
-    return f"fp8-convert {record['tool_version']}" if "tool_version" in record else None
+def _tool(record: dict[str, Any], views: tuple[ComponentView, ...]) -> str | None:
+    if "tool_version" in record:
+        return f"fp8-convert {record['tool_version']}"
+    ours = any(group.mode is not None for view in views for group in view.groups)  # a component of a snapshot
+    return f"fp8-convert; {layout.RECORD_FILE} is not here" if ours else None
 
 
 def _view(component: Component, record: dict[str, Any]) -> ComponentView:

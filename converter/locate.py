@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from .errors import ConvertError
 from .hub import CachedFiles, HubFiles, HubOptions, cached, download, is_offline
@@ -24,7 +24,7 @@ def open_source(source: str | os.PathLike[str], options: SourceOptions) -> Snaps
     text = os.fspath(source)
     path = Path(text)
     if path.is_dir():
-        return describe(LocalFiles(path), variant=options.variant)
+        return _with_variant(describe(LocalFiles(path), variant=options.variant), options)
     if path.exists():
         raise ConvertError(f"{path} is a file; give the snapshot's folder, or a component's folder.")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith((".", "/", "~")):
@@ -34,7 +34,7 @@ def open_source(source: str | os.PathLike[str], options: SourceOptions) -> Snaps
     if is_offline(options):
         return _described(cached(text, options), options)
     files = HubFiles(text, options)
-    return describe(files, repo=text, commit=files.commit, variant=options.variant)
+    return _with_variant(describe(files, repo=text, commit=files.commit, variant=options.variant), options)
 
 
 def fetch(snapshot: Snapshot, options: SourceOptions) -> Snapshot:
@@ -48,4 +48,15 @@ def _described(files: CachedFiles, options: SourceOptions) -> Snapshot:
     snapshot = describe(files, repo=files.label, commit=files.commit, variant=options.variant)
     for path in needed_files(snapshot):
         files.local(path)  # what is missing is said now, not when it is copied
+    return _with_variant(snapshot, options)
+
+
+def _with_variant(snapshot: Snapshot, options: SourceOptions) -> Snapshot:
+    """The snapshot, if some component has weights of the variant asked for, where one is."""
+    chosen = [PurePosixPath(s.path).name for c in snapshot.components for s in c.shards]
+    if options.variant and not any(f".{options.variant}" in name for name in chosen):
+        raise ConvertError(
+            f"No component of {snapshot.label} has weights of the variant {options.variant!r}; correct or drop "
+            "--variant."
+        )
     return snapshot

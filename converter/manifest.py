@@ -93,7 +93,8 @@ def shipped() -> dict[str, Manifest]:
     """Every manifest that comes with the package, by name."""
     folder = resources.files("fp8_convert.manifests")
     texts = {e.name: e.read_bytes() for e in folder.iterdir() if e.name.endswith(".toml")}
-    return {m.name: m for name, text in sorted(texts.items()) for m in [parse_manifest(text, name)]}
+    manifests = [parse_manifest(text, name) for name, text in texts.items()]
+    return {m.name: m for m in sorted(manifests, key=lambda m: m.name)}
 
 
 def load_manifest(name_or_path: str) -> Manifest:

@@ -175,6 +175,10 @@ def make_plan(snapshot: Snapshot, recipe: Recipe) -> Plan:
         if len(component.shards) > 1:
             files[component.source.path(layout.index_name(component.source.stem))] = _index(component)
     sidecars = tuple(p for p in snapshot.sidecars if p not in files)
+    if recipe.compact and not any(
+        t.decision.mode == layout.STORAGE for c in components if c.rules and is_dit(c.rules) for t in c.tensors
+    ):
+        notes.append("--compact changes nothing here: no DiT layer that is converted has an FP8 storage rule")
     return Plan(snapshot, recipe, components, files, sidecars, tuple(notes), input_scales)
 
 

@@ -60,7 +60,7 @@ class Lines:
         self._started = self._last = time.monotonic()
 
     def start(self, total: int) -> None:
-        self._total = total
+        self._total, self._done = total, 0
         self._started = self._last = time.monotonic()
 
     def advance(self, count: int) -> None:

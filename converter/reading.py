@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from .errors import ConvertError, ResumableError
+from .errors import ResumableError
 
 
 class Hasher(Protocol):
@@ -148,7 +148,7 @@ class SpanReader:
 
 
 def read_exactly(fd: int, view: memoryview, offset: int, where: str) -> None:
-    """Fill `view` from the file's `offset`. Raises ConvertError at an early end or a read error."""
+    """Fill `view` from the file's `offset`. Raises ResumableError at an early end or a read error."""
     done = 0
     while done < len(view):
         try:
@@ -156,16 +156,16 @@ def read_exactly(fd: int, view: memoryview, offset: int, where: str) -> None:
         except OSError as error:
             raise ResumableError(f"{where} cannot be read ({error.strerror}); check the disk and run again.") from error
         if count == 0:
-            raise ConvertError(f"{where} became shorter while it was read; check the source and run again.")
+            raise ResumableError(f"{where} became shorter while it was read; check the source and run again.")
         done += count
 
 
 def open_for_reading(path: os.PathLike[str], where: str) -> int:
-    """A file descriptor for front-to-back reading. Raises ConvertError."""
+    """A file descriptor for front-to-back reading. Raises ResumableError."""
     try:
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
     except OSError as error:
-        raise ConvertError(f"{where} cannot be opened ({error.strerror}); check the path and permissions.") from error
+        raise ResumableError(f"{where} cannot be opened ({error.strerror}); check the path and permissions.") from error
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
     return fd

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+import textwrap
 from collections.abc import Sequence
 
 from .convert import Result
@@ -11,8 +14,16 @@ from .plan import Plan, rows
 from .verify import Verification
 
 
-def render_plan(plan: Plan) -> str:
-    """A table per component: what becomes FP8, what is kept and why, bytes before and after."""
+def terminal_width() -> int | None:
+    """Columns of the terminal that stdout is, None for a file or a pipe."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def render_plan(plan: Plan, width: int | None = None) -> str:
+    """A table per component: what becomes FP8, what is kept and why, bytes before and after.
+
+    width: columns to fit into; None for one line per row. The same holds for the other tables.
+    """
     lines = [_headline(plan)]
     for component in plan.components:
         before, after = component.weight_bytes
@@ -22,17 +33,17 @@ def render_plan(plan: Plan) -> str:
             decision = f"fp8 {row.mode} {row.scheme}" if row.mode else "kept"
             numbers = [str(row.count), _count(row.params), _bytes(row.bytes_before), _bytes(row.bytes_after)]
             table.append([decision, row.kind or "-", *numbers, row.rule, row.why])
-        lines += _table(table, right=(2, 3, 4, 5))
+        lines += _table(table, right=(2, 3, 4, 5), width=width, words=2)
     lines += [f"note: {note}" for note in plan.notes]
     before = plan.bytes_to_read
     after = sum(s.size for s in plan.shards)
-    lines += ["", f"total: {_change(before, after)} in {len(plan.shards)} files"]
+    lines += ["", f"total: {_change(before, after)} in {_plural(len(plan.shards), 'file')}"]
     if plan.bytes_read_twice:
         lines.append(f"{_bytes(plan.bytes_read_twice)} are read twice: their fusion groups are measured first")
     return "\n".join(lines)
 
 
-def render_inspection(inspection: Inspection) -> str:
+def render_inspection(inspection: Inspection, width: int | None = None) -> str:
     """A table per component: FP8, scales and what is kept, by module kind."""
     lines = [f"{inspection.path}: {inspection.converted_by or 'not converted by fp8-convert'}"]
     if inspection.source:
@@ -46,14 +57,14 @@ def render_inspection(inspection: Inspection) -> str:
             what = " ".join(filter(None, (group.what, group.mode, group.scheme)))
             numbers = [str(group.tensors), _count(group.params), _bytes(group.bytes)]
             table.append([what, group.kind or "-", group.dtype, *numbers, group.why])
-        lines += _table(table, right=(3, 4, 5))
+        lines += _table(table, right=(3, 4, 5), width=width, words=1)
         lines += [f"PROBLEM: {problem}" for problem in component.problems]
     return "\n".join(lines)
 
 
 def render_result(result: Result) -> str:
     """The summary of a finished conversion, one line."""
-    resumed = f", {result.resumed_shards} shards resumed" if result.resumed_shards else ""
+    resumed = f", {_plural(result.resumed_shards, 'shard')} resumed" if result.resumed_shards else ""
     return (
         f"wrote {result.output}: {_change(result.bytes_before, result.bytes_after)} in {result.seconds:.1f} s "
         f"({result.gigabytes_per_second:.2f} GB/s, peak RSS {result.peak_rss / 2**20:.0f} MiB{resumed})"
@@ -65,17 +76,17 @@ def render_verification(verification: Verification) -> str:
     lines = [f"{f.path}: {f.problem}" for f in verification.findings]
     against = f", compared with {verification.compared_with}" if verification.compared_with else ""
     checked = f"{verification.files} files, {verification.tensors} tensors{against}"
-    verdict = "ok" if verification.ok else f"{len(verification.findings)} findings"
+    verdict = "ok" if verification.ok else _plural(len(verification.findings), "finding")
     return "\n".join([*lines, f"{verification.path}: {verdict} ({checked})"])
 
 
-def render_manifests(manifests: Sequence[Manifest]) -> str:
+def render_manifests(manifests: Sequence[Manifest], width: int | None = None) -> str:
     """The shipped manifests and what chooses each."""
     table = [["name", "for", "chosen by"]]
     for manifest in manifests:
         chosen = ", ".join((*manifest.repos, *manifest.pipelines)) or "anything else"
         table.append([manifest.name, manifest.description, chosen])
-    return "\n".join(_table(table, right=()))
+    return "\n".join(_table(table, right=(), width=width, words=2))
 
 
 def _headline(plan: Plan) -> str:
@@ -84,13 +95,33 @@ def _headline(plan: Plan) -> str:
     return f"{plan.snapshot.label}{commit}{pipeline}, manifest {plan.recipe.manifest.name}"
 
 
-def _table(table: list[list[str]], right: tuple[int, ...]) -> list[str]:
+def _table(table: list[list[str]], right: tuple[int, ...], *, width: int | None, words: int) -> list[str]:
+    """Rows in aligned columns, those of `right` to the right.
+
+    Where they do not fit into `width`, the last `words` columns go below their row, wrapped.
+    """
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    beside = len(widths)
+    if width is not None and sum(widths) + 2 * len(widths) > width:
+        beside -= words
     lines = []
     for row in table:
         cells = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  " + "  ".join(cells).rstrip())
+        lines.append("  " + "  ".join(cells[:beside]).rstrip())
+        if width is not None and (below := ": ".join(filter(None, row[beside:]))):
+            lines += textwrap.wrap(
+                below,
+                width,
+                initial_indent=" " * 6,
+                subsequent_indent=" " * 8,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
     return lines
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _change(before: int, after: int) -> str:

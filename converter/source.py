@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from .errors import ConvertError
+from .errors import ConvertError, ResumableError
 from .header import Header, TensorInfo, read_header
 from .layout import RECORD_FILE
 
@@ -137,7 +137,7 @@ class LocalFiles:
         try:
             return self.local(path).read_bytes()
         except OSError as error:
-            raise ConvertError(
+            raise ResumableError(
                 f"{path} in {self.label} cannot be read ({error.strerror}); check its permissions."
             ) from error
 
@@ -180,6 +180,14 @@ def describe(
     for path in sidecars:
         _check_plain(path, files)
     return Snapshot(files.label, repo, commit, pipeline, components, sidecars, files)
+
+
+def require_folder(path: Path) -> None:
+    """Raise ConvertError unless a snapshot's folder lies at `path`."""
+    if path.is_dir():
+        return
+    problem = f"{path} is a file" if path.exists() else f"The folder {path} does not exist"
+    raise ConvertError(f"{problem}; give the folder of a snapshot on this machine.")
 
 
 def needed_files(snapshot: Snapshot) -> list[str]:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from .decide import PlannedTensor
-from .errors import ConvertError
+from .errors import ConvertError, ResumableError
 from .layout import INPUT_SCALE, W8A8, scale_key
 from .plan import ShardPlan
 from .quantize import SOURCE_DTYPES, TensorQuantizer, amax, quantize_blocks, tensor_scale
@@ -356,7 +356,7 @@ class _ShardStream:
         raw = bytearray(self.data_start)
         read_exactly(self.fd, memoryview(raw), 0, self.shard.source.path)
         if raw[8:] != self.shard.source.header.raw:
-            raise ConvertError(f"{self.shard.source.path} changed since it was planned; run again.")
+            raise ResumableError(f"{self.shard.source.path} changed since it was planned; run again.")
         if self.hasher is not None:
             self.hasher.update(memoryview(raw))
 

@@ -40,9 +40,10 @@ class Done:
 class Target:
     """An output folder under this process's lock. Use `open_target`; a context manager."""
 
-    def __init__(self, folder: Path, created: bool) -> None:
+    def __init__(self, folder: Path, *, created: bool, force: bool) -> None:
         self.folder = folder
-        self._created = created
+        self._created, self._force = created, force
+        self._taken_up = False
         self._staging = folder / STAGING
         self._new = self._staging / "new"
         self._journal = self._staging / "journal.jsonl"
@@ -53,8 +54,11 @@ class Target:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ConvertError) and not isinstance(error, ResumableError):
-            self._discard()  # a rerun would meet the same error: nothing is left behind
+        # A rerun would meet the same error: nothing is left behind, but for an earlier run's work that this one did
+        # not get to.
+        permanent = isinstance(error, ConvertError) and not isinstance(error, ResumableError)
+        if permanent and (self._taken_up or not self._journal.exists()):
+            self._discard()
         if self._lock >= 0:
             os.close(self._lock)
 
@@ -70,10 +74,15 @@ class Target:
     def resume(self, key: str) -> bool:
         """Take up an earlier run with the same `key` (source, recipe, tool); returns whether there was another one.
 
-        What it finished stands in `done`, to be checked by `recheck` before it is used.
+        What it finished stands in `done`, to be checked by `recheck` before it is used. Raises ConvertError where
+        anything else would replace a finished snapshot without `force`.
         """
         lines = self._journal_lines()
-        if lines and lines[0].get("key") == key:
+        same = bool(lines) and lines[0].get("key") == key
+        if not same and not self._force and (self.folder / RECORD_FILE).exists():
+            raise _finished(self.folder)  # finished since we looked, or under a forced run that was interrupted
+        self._taken_up = True
+        if same:
             for line in lines[1:]:
                 stat = line.get("source_stat")
                 self.done[line["path"]] = Done(**{**line, "source_stat": tuple(stat) if stat else None})
@@ -108,14 +117,14 @@ class Target:
 
     def staged_bytes(self) -> int:
         """Bytes that an earlier run left below the staging folder."""
-        return sum(p.stat().st_size for p in self._new.rglob("*") if p.is_file())
+        return sum(p.stat().st_size for p in self._staging.rglob("*") if p.is_file())
 
     def check_space(self, needed: int) -> None:
-        """Refuse a conversion that cannot fit, before it starts. needed: bytes of the whole output."""
+        """Refuse a conversion that cannot fit, before it starts. needed: bytes of the output and streamed sources."""
         missing = needed - self.staged_bytes() + _SPARE_BYTES - shutil.disk_usage(self.folder).free
         if missing > 0:
             raise ConvertError(
-                f"{self.folder} has not enough disk space: the output takes {needed / 1e9:.2f} GB and "
+                f"{self.folder} has not enough disk space: the conversion takes {needed / 1e9:.2f} GB and "
                 f"{missing / 1e9:.2f} GB are missing; make room or choose another folder."
             )
 
@@ -123,11 +132,10 @@ class Target:
         """Rename the finished files into place, those that make the snapshot loadable last; drop what they replace."""
         order = sorted(paths, key=lambda p: (p == RECORD_FILE, p in (MODEL_INDEX, CONFIG), p))
         stale = set(_recorded_files(self.folder)) - set(paths)
-        for path in (RECORD_FILE, MODEL_INDEX, CONFIG):
+        # What makes the old snapshot loadable goes first; its record goes last, since it knows what else is stale.
+        for path in (MODEL_INDEX, CONFIG, *sorted(stale), RECORD_FILE):
             if (self._new / path).exists() or path in stale:
                 (self.folder / path).unlink(missing_ok=True)
-        for path in sorted(stale):
-            (self.folder / path).unlink(missing_ok=True)
         for path in order:
             if (self._new / path).exists():
                 (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -166,14 +174,17 @@ def open_target(folder: Path, *, force: bool) -> Target:
     _refuse_foreign(folder, force)
     try:
         (folder / STAGING).mkdir(parents=True, exist_ok=True)
-        target = Target(folder, created)
-        lock = os.open(folder / STAGING / "lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+        target = Target(folder, created=created, force=force)
+        lock_file = folder / STAGING / "lock"
+        lock = os.open(lock_file, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
     except OSError as error:
         raise ConvertError(
             f"{folder} cannot be written ({error.strerror}); choose another folder or mend its permissions."
         ) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(lock), os.stat(lock_file)):
+            raise FileExistsError  # its holder finished and removed it, and a third run has another one
     except OSError as error:
         os.close(lock)
         raise ConvertError(f"Another fp8-convert is writing {folder}; wait for it or choose another folder.") from error
@@ -182,8 +193,11 @@ def open_target(folder: Path, *, force: bool) -> Target:
 
 
 def source_stat(path: Path) -> tuple[int, ...]:
-    """What tells, without reading it, that a file is the one seen before."""
-    stat = path.stat()
+    """What tells, without reading it, that a file is the one seen before. Raises ResumableError."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise ResumableError(f"{path} cannot be opened ({error.strerror}); check the path and permissions.") from error
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
@@ -196,7 +210,11 @@ def _refuse_foreign(folder: Path, force: bool) -> None:
     if RECORD_FILE not in present:
         raise ConvertError(f"{folder} exists and is no output of fp8-convert; choose another folder or remove it.")
     if not force:
-        raise ConvertError(f"{folder} holds a finished FP8 snapshot; pass --force to replace it.")
+        raise _finished(folder)
+
+
+def _finished(folder: Path) -> ConvertError:
+    return ConvertError(f"{folder} holds a finished FP8 snapshot; pass --force to replace it.")
 
 
 def _recorded_files(folder: Path) -> Mapping[str, Any]:

@@ -26,8 +26,9 @@ from .progress import Progress, Silent
 from .reading import open_for_reading, read_exactly
 from .recipe import Recipe
 from .record import check_record, read_record
-from .source import CONFIG, Component, LocalFiles, describe
+from .source import CONFIG, Component, LocalFiles, describe, require_folder
 from .stream import Engine, measure, stream_shard
+from .target import STAGING
 from .writing import file_sha256
 
 _SCALE_BYTES_AT_ONCE = 1 << 20
@@ -75,9 +76,13 @@ def verify(
     """
     root = Path(path)
     progress = progress or Silent()
+    require_folder(root)
     record = read_record(root)
     if record is None:
-        raise ConvertError(f"{root} has no {layout.RECORD_FILE}, so it is no snapshot that fp8-convert finished.")
+        advice = "run its conversion again" if (root / STAGING).exists() else "give the folder that fp8-convert wrote"
+        raise ConvertError(
+            f"{root} has no {layout.RECORD_FILE}, so it is no snapshot that fp8-convert finished; {advice}."
+        )
     findings = list(check_record(root))
     if findings:  # nothing else can be believed
         problems = tuple(Finding(layout.RECORD_FILE, problem) for problem in findings)

@@ -601,6 +601,29 @@ def test_target_holds_something_else(tmp_path: Path, output: Path, force: list[s
     assert sorted(source.rglob("*")) == before
 
 
+def test_target_inside_the_source(source: Path) -> None:
+    before = sorted(source.rglob("*"))
+    refused(source, "-o", source / "transformer" / "out", names="inside", next_step="choose another folder")
+    assert sorted(source.rglob("*")) == before
+
+
+def test_variant_that_no_component_has(source: Path, output: Path) -> None:
+    refused(source, "-o", output, "--variant", "fp61", names="'fp61'", next_step="correct or drop --variant")
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_commands_for_a_folder(command: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path, problem in ((tmp_path / "none", "does not exist"), (tmp_path / "file", "is a file")):
+        refused(command, path, names=f"{path} {problem}", next_step="give the folder")
+
+
+def test_verify_of_an_unfinished_and_of_an_original_snapshot(source: Path) -> None:
+    refused("verify", source, names="fp8_convert.json", next_step="give the folder that fp8-convert wrote")
+    (source / ".fp8-convert").mkdir()
+    refused("verify", source, names="fp8_convert.json", next_step="run its conversion again")
+
+
 def test_target_is_finished(tmp_path: Path, output: Path) -> None:
     def contents() -> dict[str, bytes]:
         return {p.relative_to(done).as_posix(): p.read_bytes() for p in done.rglob("*") if p.is_file()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from fp8_convert.converter import plan_conversion
+from fp8_convert.converter import inspect, plan_conversion
 from fp8_convert.converter.cli import main
 from fp8_convert.converter.manifest import shipped
 from fp8_convert.converter.plan import Plan, rows
+from fp8_convert.converter.progress import Lines, Silent
+from fp8_convert.converter.render import render_inspection, render_manifests, render_plan
 from pipelines import copied, saved
 from safetensors.torch import load_file, save_file
 
@@ -211,6 +214,7 @@ def component(found: Any, name: str) -> Any:
 
 def test_inspect_lone_component(converted: Path) -> None:
     found = json.loads(run("inspect", converted / "transformer", "--json").stdout)
+    assert found["converted_by"] == "fp8-convert; fp8_convert.json is not here"
     assert {g["what"] for g in component(found, "")["groups"]} == {"fp8", "scale", "kept"}
 
 
@@ -233,6 +237,54 @@ def test_inspect_tells_of_a_missing_scale(converted: Path, tmp_path: Path) -> No
     save_file(tensors, broken / DIT)
     text = run("inspect", broken, code=1).stdout
     assert "PROBLEM: layers.0.attention.to_q.weight has no scale" in text
+
+
+@pytest.mark.parametrize("width", [100, 200])
+def test_tables_fit_the_terminal(converted: Path, width: int) -> None:
+    plan = plan_conversion(saved("qwen_image"))
+    texts = [render_plan(plan, width), render_inspection(inspect(converted), width)]
+    texts.append(render_manifests(list(shipped().values()), width))
+    for text in texts:
+        assert max(len(line) for line in text.splitlines()[1:]) <= width
+    words = texts[0].split()
+    for component in plan.components:
+        for row in rows(component):
+            assert set(row.why.split()) <= set(words)
+
+
+def test_options_of_the_source_need_a_source(converted: Path) -> None:
+    assert "--source" in run("verify", converted, "--manifest", "z-image", code=2).stderr
+    assert "--source" in run("verify", converted, "--revision", "main", code=2).stderr
+
+
+def test_compact_that_changes_nothing_says_so() -> None:
+    assert "note: --compact changes nothing here" in run(saved("wan22"), "--dry-run", "--compact").stdout
+    assert "note:" not in run(saved("qwen_image"), "--dry-run", "--compact").stdout
+
+
+def test_an_error_closes_the_progress_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = copied(saved("z_image"), tmp_path / "source")
+    tensors = load_file(source / DIT)
+    tensors["layers.0.attention.to_q.weight"][0, 0] = float("nan")
+    save_file(tensors, source / DIT)
+    events: list[str] = []
+
+    class Recorded(Silent):
+        def close(self) -> None:
+            events.append("closed")
+
+    monkeypatch.setattr("fp8_convert.converter.cli.for_terminal", Recorded)
+    assert "NaN" in run(source, "-o", tmp_path / "out", code=1).stderr
+    assert events == ["closed"]
+
+
+def test_progress_counts_anew_from_each_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fp8_convert.converter.progress._LINE_EVERY_S", 0.0)
+    lines = Lines(out := io.StringIO())
+    for _ in range(2):
+        lines.start(10**9)
+        lines.advance(10**9)
+    assert [line.split(",")[0] for line in out.getvalue().splitlines()] == ["1.00 of 1.00 GB"] * 2
 
 
 def test_inspect_what_is_no_snapshot(tmp_path: Path) -> None:

@@ -18,10 +18,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from fp8_convert.converter import ConvertError, ResumableError, convert, verify
-from fp8_convert.converter.target import STAGING
+from fp8_convert.converter.target import STAGING, Target, open_target
 from pipelines import copied, saved
 
 TRIES = int(os.environ.get("FP8_CONVERT_FAULTS", "12"))
@@ -255,12 +257,14 @@ def test_read_errors_and_short_reads(
         shutil.rmtree(output)
 
 
-def interrupted(source: Path, output: Path, monkeypatch: pytest.MonkeyPatch, budget: int = 5_000_000) -> list[Path]:
+def interrupted(
+    source: Path, output: Path, monkeypatch: pytest.MonkeyPatch, budget: int = 5_000_000, **settings: Any
+) -> list[Path]:
     """Stop a conversion midway by a full disk; returns the shards it finished."""
     with monkeypatch.context() as patched:
         Disk(patched, budget, errno.ENOSPC)
         with pytest.raises(ResumableError):
-            convert(source, output)
+            convert(source, output, **settings)
     finished = sorted((output / STAGING / "new").rglob("*.safetensors"))
     assert finished
     return finished
@@ -298,6 +302,86 @@ def test_a_changed_source_is_not_mixed_in(tmp_path: Path, monkeypatch: pytest.Mo
     convert(changed, output)
     convert(changed, tmp_path / "fresh")
     assert digests(output) == digests(tmp_path / "fresh")
+
+
+def test_a_disk_that_is_full_on_resuming_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path
+) -> None:
+    output = tmp_path / "out"
+    done = interrupted(source, output, monkeypatch)
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+        with pytest.raises(ConvertError, match="not enough disk space"):
+            convert(source, output)
+    assert all(path.is_file() for path in done)
+    assert convert(source, output).resumed_shards == len(done)
+
+
+def test_a_source_that_vanishes_midway_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path
+) -> None:
+    vanishing, output = copied(source, tmp_path / "source"), tmp_path / "out"
+    done = len(interrupted(vanishing, output, monkeypatch))
+    resume = Target.resume
+
+    def vanish(target: Target, key: str) -> bool:
+        shutil.rmtree(vanishing / "transformer")
+        return resume(target, key)
+
+    with monkeypatch.context() as gone:
+        gone.setattr(Target, "resume", vanish)
+        with pytest.raises(ResumableError, match="cannot be opened"):
+            convert(vanishing, output)
+    shutil.rmtree(vanishing)
+    copied(source, vanishing)
+    assert convert(vanishing, output).resumed_shards == done
+
+
+def test_a_forced_run_that_was_interrupted_leaves_the_snapshot_protected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path
+) -> None:
+    output = tmp_path / "out"
+    convert(source, output)
+    before = digests(output)
+    interrupted(source, output, monkeypatch, ignored_layers=["layers.0"], force=True)
+    with pytest.raises(ConvertError, match="finished FP8 snapshot; pass --force"):
+        convert(source, output, ignored_layers=["layers.1"])
+    assert {p: d for p, d in digests(output).items() if STAGING not in p} == before
+    assert convert(source, output, ignored_layers=["layers.0"]).resumed_shards > 0
+    assert verify(output).ok
+
+
+def test_a_kill_while_a_snapshot_is_replaced_leaves_no_stale_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path
+) -> None:
+    output = tmp_path / "out"
+    convert(saved("qwen_image", max_shard_size="400KB"), output)
+    removed: list[Path] = []
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.parent.parent == output and removed:
+            raise KeyboardInterrupt
+        removed.append(path)
+        if path.exists():
+            os.unlink(path)
+
+    with monkeypatch.context() as killed:
+        killed.setattr(Path, "unlink", unlink)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, output, force=True)
+    assert not (output / "model_index.json").exists()
+    convert(source, output, force=True)
+    convert(source, tmp_path / "fresh")
+    assert digests(output) == digests(tmp_path / "fresh")
+
+
+def test_a_lock_that_its_holder_removed_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(fd: int, how: int) -> None:
+        shutil.rmtree(tmp_path / "out" / STAGING)  # the holder finishes between our open and our lock
+
+    monkeypatch.setattr("fp8_convert.converter.target.fcntl.flock", flock)
+    with pytest.raises(ConvertError, match="Another fp8-convert is writing"):
+        open_target(tmp_path / "out", force=False)
 
 
 def test_another_recipe_is_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path) -> None:

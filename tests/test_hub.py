@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from fp8_convert.converter import ConvertError, ResumableError, convert, plan_conversion, verify
+from fp8_convert.converter import ResumableError, convert, plan_conversion, verify
 from fp8_convert.converter.cli import main
 from fp8_convert.converter.demo import build_tiny_pipeline
 from fp8_convert.converter.locate import SourceOptions
@@ -134,12 +135,20 @@ def test_a_branch_that_moves_midway_is_not_mixed(hub: HubServer, tiny: Path, tmp
     assert (tmp_path / "out" / path).read_bytes() == (tmp_path / "by-folder" / path).read_bytes()
 
 
-def test_wrong_bytes_are_refused(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_wrong_bytes_are_refused(hub: HubServer, tiny: Path, tmp_path: Path, stream: bool) -> None:
+    """One bad download costs its own shard alone: what was finished before it is kept for the next run."""
     hub.add_repo(REPO, tiny)
     hub.faults.append(Fault("wrong_bytes", "transformer/*.safetensors", offset=5_000_000, route="cdn", times=None))
-    with pytest.raises(ConvertError, match=r"transformer/.*differs from the Hub's digest"):
-        convert(REPO, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(ResumableError, match=r"transformer/.*differs from the Hub's digest") as caught:
+        convert(REPO, tmp_path / "out", stream=stream)
+    assert not (tmp_path / "out" / "model_index.json").exists()
+    hub.faults.clear()
+    if not stream:
+        (bad,) = re.findall("delete (.*) and run again", str(caught.value))
+        Path(bad).unlink()
+    assert convert(REPO, tmp_path / "out", stream=stream).resumed_shards == 1
+    assert verify(tmp_path / "out", source=tiny).ok
 
 
 class Watch(Silent):
@@ -210,14 +219,6 @@ def test_stream_waits_out_429_and_503(hub: HubServer, tiny: Path, tmp_path: Path
     convert(REPO, tmp_path / "out", stream=True)
     assert [fault.hits for fault in hub.faults] == [1, 1]
     assert verify(tmp_path / "out", source=tiny).ok
-
-
-def test_stream_refuses_wrong_bytes(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
-    hub.add_repo(REPO, tiny)
-    hub.faults.append(Fault("wrong_bytes", "transformer/*.safetensors", offset=5_000_000, route="cdn", times=None))
-    with pytest.raises(ConvertError, match="differs from the Hub's digest"):
-        convert(REPO, tmp_path / "out", stream=True)
-    assert not (tmp_path / "out").exists()
 
 
 def test_stream_keeps_to_its_commit(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
