@@ -21,20 +21,29 @@ class SourceOptions(HubOptions):
 
 def open_source(source: str | os.PathLike[str], options: SourceOptions) -> Snapshot:
     """Describe a snapshot from its headers. A Hub repository is not downloaded, only asked. Raises ConvertError."""
+    path = local_folder(source)
+    if path is not None:
+        return _with_variant(describe(LocalFiles(path), variant=options.variant), options)
+    text = os.fspath(source)
+    if is_offline(options):
+        return _described(cached(text, options), options)
+    files = HubFiles(text, options)
+    return _with_variant(describe(files, repo=text, commit=files.commit, variant=options.variant), options)
+
+
+def local_folder(source: str | os.PathLike[str]) -> Path | None:
+    """The folder that a source names, None if it reads as a Hub id. Raises ConvertError for anything else."""
     text = os.fspath(source)
     path = Path(text)
     if path.is_dir():
-        return _with_variant(describe(LocalFiles(path), variant=options.variant), options)
+        return path
     if path.exists():
         raise ConvertError(f"{path} is a file; give the snapshot's folder, or a component's folder.")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith((".", "/", "~")):
         raise ConvertError(
             f"The folder {text} does not exist; check the path, or give a Hub id such as Qwen/Qwen-Image."
         )
-    if is_offline(options):
-        return _described(cached(text, options), options)
-    files = HubFiles(text, options)
-    return _with_variant(describe(files, repo=text, commit=files.commit, variant=options.variant), options)
+    return None
 
 
 def fetch(snapshot: Snapshot, options: SourceOptions) -> Snapshot:

@@ -6,16 +6,14 @@ record; no weights are touched. Names here are checkpoint names: a safetensors k
 """
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..converter import layout
-from ..converter.errors import ConvertError
 from ..converter.hub import HubFiles, cached, download, is_offline
-from ..converter.locate import SourceOptions
+from ..converter.locate import SourceOptions, local_folder
 from ..converter.record import read_record
 from ..converter.source import Component, LocalFiles, Snapshot, describe, needed_files
 
@@ -46,16 +44,10 @@ def open_snapshot(source: str | os.PathLike[str], options: SourceOptions) -> Sna
     """Describe a folder or Hub id, converted or not. A Hub repository is asked, not downloaded. Raises
     ConvertError.
     """
-    path = Path(source)
-    if path.is_dir():
+    path = local_folder(source)
+    if path is not None:
         return describe(LocalFiles(path), variant=options.variant, allow_converted=True)
     text = os.fspath(source)
-    if path.exists():
-        raise ConvertError(f"{path} is a file; give the snapshot's folder, or a component's folder.")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith((".", "/", "~")):
-        raise ConvertError(
-            f"The folder {text} does not exist; check the path, or give a Hub id such as Qwen/Qwen-Image."
-        )
     if is_offline(options):
         files = cached(text, options)
         return describe(files, repo=text, commit=files.commit, variant=options.variant, allow_converted=True)
