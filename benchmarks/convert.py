@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from convert_source import KINDS, make_source
+from fp8_convert.converter import native
 from safetensors import safe_open
 
 CASE = Path(__file__).with_name("convert_case.py")
@@ -57,9 +58,12 @@ class Case:
     def median(self, measure: str) -> float:
         return statistics.median(run[measure] for run in self.runs)
 
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "median": {m: self.median(m) for m in MEASURES}}
+
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
-    """Every case of the run; other tools get the first source only, for they are slow."""
+    """Every case of the run; other tools get the first source and cache only, for they are slow."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for source in options.sources:
         for scheme in options.schemes:
@@ -67,7 +71,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
                 for device in devices:
                     for tool in ("ours", "limit"):
                         yield Case(tool, device, source, scheme, cache)
-                if source != options.sources[0]:
+                if (source, cache) != (options.sources[0], options.caches[0]):
                     continue
                 if scheme == "tensor":
                     yield Case("naive", "cpu", source, scheme, cache)
@@ -217,7 +221,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=2.0, help="of a Qwen-Image source")
     parser.add_argument("--sources", type=_names(list(KINDS)), default=["bf16", "fp16", "fp32", "wan-fp32"])
     parser.add_argument("--schemes", type=_names(list(SCHEMES)), default=list(SCHEMES))
-    parser.add_argument("--caches", type=_names(["cold", "warm"]), default=["cold", "warm"])
+    parser.add_argument("--caches", type=_names(["cold", "warm"]), default=["warm", "cold"])
     parser.add_argument("--peers", type=Path, default=Path("peers"), help="folder of the other tools' environments")
     parser.add_argument("--repeats", type=int, default=3, help="of ours and the limit; the slow ones run once")
     parser.add_argument("--workers", type=int)
@@ -231,26 +235,27 @@ def main() -> None:
     sizes = {kind: sum(p.stat().st_size for p in path.glob("*.safetensors")) for kind, path in sources.items()}
     done = list(cases(options))
     outputs: dict[tuple[str, str], Any] = {}
+    result: dict[str, Any] = {"machine": machine(), "source_bytes": sizes}
     for repeat in range(options.repeats):  # ours and the limit take turns, so that a slow minute hits both
         for case in done:
             if repeat == 0 or case.tool in ("ours", "limit"):
                 run(case, sources[case.source], options, outputs)
                 print(f"{repeat + 1}/{options.repeats} {case.source} {case.scheme} {case.cache} {case.tool} "
                       f"{case.device}: {case.runs[-1]['seconds']:.2f} s", file=sys.stderr)  # fmt: skip
+                result["cases"] = [c.to_json() for c in done if c.runs]
+                if options.json:  # after every case: a run that is cut short keeps what it measured
+                    options.json.write_text(json.dumps(result, indent=1) + "\n")
     print(table(done, sizes))
-    result = {
-        "machine": {"cpus": os.cpu_count(), "processor": platform.processor(), "torch": torch.__version__},
-        "source_bytes": sizes,
-        "cases": [{**asdict(c), "median": {m: c.median(m) for m in MEASURES}} for c in done],
-    }
-    if torch.cuda.is_available():
-        result["machine"]["gpu"] = torch.cuda.get_device_name()
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
     if options.plot:
         from plot import plot_conversion
 
         plot_conversion(result, options.plot)
+
+
+def machine() -> dict[str, Any]:
+    found = {"cpus": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
+    found |= {"compiled": native.compiled()}
+    return {**found, "gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else found
 
 
 if __name__ == "__main__":

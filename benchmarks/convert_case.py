@@ -39,19 +39,15 @@ def limit(source: Path, output: Path, **options: Any) -> Run:
     import numpy as np
     from fp8_convert.converter import stream
 
-    class NoQuantizer:
-        def __init__(self, *_: Any) -> None:
-            pass
-
-        def codes(self, x: Any, out: Any = None) -> Any:
-            return x.view(stream.torch.uint8).view(-1)[: x.numel()]
+    def no_codes(x: Any, scale: Any, out: Any = None) -> Any:
+        return x.view(stream.torch.uint8).view(-1)[: x.numel()]
 
     def no_blocks(x: Any, block: tuple[int, int], out: Any = None) -> Any:
         rows, columns = (-(-size // edge) for size, edge in zip(x.shape, block, strict=True))
-        return NoQuantizer().codes(x.view(-1)), np.ones((rows, columns), np.float32), True
+        return no_codes(x.view(-1), 1), np.ones((rows, columns), np.float32), True
 
-    stream.amax = lambda x: 1.0  # type: ignore[assignment]
-    stream.TensorQuantizer = NoQuantizer  # type: ignore[assignment,misc]
+    stream.amax = lambda x: 1.0
+    stream.quantize_tensor = no_codes
     stream.quantize_blocks = no_blocks
     return ours(source, output, **options)
 

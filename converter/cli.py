@@ -241,7 +241,7 @@ def manifests_command(as_json: bool) -> None:
     type=click.Path(path_type=Path),
     default=Path("demo-out"),
     show_default=True,
-    help="Folder to write to; a finished FP8 snapshot in it is replaced.",
+    help="Folder to write to; an earlier demo in it is replaced.",
 )
 def demo_command(output: Path) -> None:
     """Run everything once on a tiny built-in pipeline.
@@ -259,7 +259,10 @@ def _errors(advice: str = "run the same command again") -> Iterator[None]:
 
     advice: what to do after a signal.
     """
-    signal.signal(signal.SIGTERM, _terminate)
+    handled = (signal.SIGINT, signal.SIGTERM)
+    before = {n: old for n in handled if (old := signal.getsignal(n)) not in (signal.SIG_IGN, None)}  # nohup: ignored
+    for number in before:
+        signal.signal(number, _interrupt)
     try:
         with quiet_libraries():
             yield
@@ -270,7 +273,10 @@ def _errors(advice: str = "run the same command again") -> Iterator[None]:
         click.echo(f"stopped; {advice}.", err=True)
         sys.stdout.flush()
         os._exit(130)  # a download that is under way would hold up a normal exit
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _terminate(_signal: int, _frame: FrameType | None) -> None:
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,12 +10,14 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import native
 from .errors import ConvertError, ResumableError
 from .hub import HubFiles
 from .layout import RECORD_FILE, Block, encode_json
@@ -28,6 +31,7 @@ from .record import make_record
 from .scales import read_input_scales
 from .schedule import scale_domain
 from .source import Snapshot
+from .space import check_space
 from .stream import Engine, stream_shard
 from .supply import StreamedSupply, Supply
 from .target import Done, Target, open_target, source_stat
@@ -157,9 +161,11 @@ def convert(
     engine = Engine(_device(device), workers=workers or min(_MOST_WORKERS, os.cpu_count() or 2))
     for note in plan.notes:
         progress.say(f"note: {note}")
+    if engine.device.type == "cpu" and not native.compiled():
+        progress.say("note: no C compiler was there when fp8-convert was installed, so the CPU takes longer")
     with open_target(Path(output), force=force) as target:
         streamed = stream and isinstance(plan.snapshot.files, HubFiles)
-        target.check_space(plan.bytes_to_write + (_two_largest(plan) if streamed else 0))
+        check_space(plan, target, options, streamed=streamed)
         if not stream:
             plan = _downloaded(plan, options)
         if target.resume(_key(plan)):
@@ -189,8 +195,11 @@ def _convert_shards(plan: Plan, target: Target, engine: Engine, progress: Progre
     wanted = [s for s in plan.shards if not ((done := target.recheck(s.path)) and _same_source(s, done))]
     progress.advance(sum(s.source.size for s in plan.shards) - sum(s.source.size for s in wanted))
     amaxes: dict[str, dict[str, float]] = {}  # by component: transformer_2 has the names of transformer
-    with engine, _supply(plan, target, wanted) as supply:
+    with engine, _supply(plan, target, wanted) as supply, ThreadPoolExecutor(1, "fp8-commit") as commits:
+        commit: Future[None] | None = None
         for planned in wanted:
+            if commit is not None and not supply.ahead:
+                commit.result()
             shard = supply.take(planned)
             known = amaxes.setdefault(shard.component, {})
             missing = [group for group in shard.schedule.measured if group not in known]
@@ -198,8 +207,13 @@ def _convert_shards(plan: Plan, target: Target, engine: Engine, progress: Progre
                 siblings = [s for s in plan.shards if s.component == shard.component]
                 known |= supply.measure(siblings, missing, engine)
                 progress.advance(_bytes_of(siblings, missing))
-            target.add(_convert_shard(shard, target, engine, known, plan.input_scales, progress))
-            supply.finished(shard)
+            written = _write_shard(shard, target, engine, known, plan.input_scales, progress)
+            # The end of one shard is synced and read back while the next is converted.
+            before, commit = commit, commits.submit(_commit, written, target, supply)
+            if before is not None:
+                before.result()
+        if commit is not None:
+            commit.result()
     progress.close()
     return len(plan.shards) - len(wanted)
 
@@ -210,19 +224,30 @@ def _supply(plan: Plan, target: Target, wanted: Sequence[ShardPlan]) -> Supply:
     return StreamedSupply(files, target.sources, wanted) if isinstance(files, HubFiles) else Supply()
 
 
-def _convert_shard(
+@dataclass(frozen=True)
+class _Written:
+    """A shard of which every byte was written; it counts once its writer has committed it."""
+
+    shard: ShardPlan
+    writer: FileWriter
+    source_sha256: str
+    source_stat: tuple[int, ...]
+
+
+def _write_shard(
     shard: ShardPlan,
     target: Target,
     engine: Engine,
     amaxes: Mapping[str, float],
     input_scales: Mapping[str, float],
     progress: Progress,
-) -> Done:
+) -> _Written:
     assert shard.source.local is not None
     stat = source_stat(shard.source.local)
     hasher = hashlib.sha256()
     reported = 0
-    with FileWriter(target.staged(shard.path), shard.size, shard.path) as writer:
+    with contextlib.ExitStack() as on_error:
+        writer = on_error.enter_context(FileWriter(target.staged(shard.path), shard.size, shard.path))
         writer.append(memoryview(shard.header))
         written = len(shard.header)
         for chunk in stream_shard(shard, engine, amaxes=amaxes, input_scales=input_scales, hasher=hasher):
@@ -240,9 +265,21 @@ def _convert_shard(
             raise ResumableError(
                 f"{shard.source.path} differs from the Hub's digest, so its download is corrupt; {advice}."
             )
-        sha256 = writer.commit()
+        if source_stat(shard.source.local) != stat:
+            raise ResumableError(f"{shard.source.path} changed while it was read; run again.")
+        on_error.pop_all()
     progress.advance(shard.source.size - reported)
-    return Done(shard.path, shard.size, sha256, shard.source.size, source_sha256, stat)
+    return _Written(shard, writer, source_sha256, stat)
+
+
+def _commit(written: _Written, target: Target, supply: Supply) -> None:
+    """Make a written shard safe and journal it; its source is needed no more."""
+    shard = written.shard
+    with written.writer as writer:
+        sha256 = writer.commit()
+    size, digest, stat = shard.source.size, written.source_sha256, written.source_stat
+    target.add(Done(shard.path, shard.size, sha256, size, digest, stat))
+    supply.finished(shard)
 
 
 def _finish(plan: Plan, target: Target) -> None:
@@ -288,11 +325,6 @@ def _same_source(shard: ShardPlan, done: Done) -> bool:
 def _check_outside(output: Path, source: str | os.PathLike[str]) -> None:
     if Path(source).is_dir() and output.resolve().is_relative_to(Path(source).resolve()):
         raise ConvertError(f"{output} is the source or lies inside it; choose another folder for the output.")
-
-
-def _two_largest(plan: Plan) -> int:
-    """Bytes of the source shards that lie beside the output while they are streamed."""
-    return sum(sorted(s.source.size for s in plan.shards)[-2:])
 
 
 def _bytes_of(shards: Sequence[ShardPlan], domains: Sequence[str]) -> int:

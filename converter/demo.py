@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,26 +11,37 @@ from typing import Any
 import torch
 
 from .convert import convert
+from .errors import ConvertError
 from .inspection import inspect
+from .layout import RECORD_FILE
 from .modules import quiet_libraries
+from .record import read_record
 from .render import render_inspection, render_result, render_verification
 from .verify import verify
 
 _HIDDEN = 128
+# Goes with the pipeline into its output, and so into the record, by which a rerun knows what it may replace.
+_README = "A tiny pipeline with random weights, made by `fp8-convert demo`. It paints noise; delete it at will.\n"
 
 
 def run_demo(output: Path, say: Callable[[str], None]) -> None:
-    """Build a tiny pipeline, convert it into `output` (replacing an earlier demo's), verify, load and run it."""
+    """Build a tiny pipeline, convert it into `output`, verify, load and run it.
+
+    Replaces an earlier demo's output and nothing else. Raises ConvertError.
+    """
     from ..loader import (
         load_pipeline,
         report,
     )  # the demo stands above both halves; nothing else here imports the loader
 
+    again = _is_a_demos(output)
+    if not again and (output / RECORD_FILE).exists():
+        raise ConvertError(f"{output} holds an FP8 snapshot that is not the demo's; name another folder with -o.")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "tiny-z-image")
         say("building a tiny random Z-Image pipeline (11 MB) ...")
         build_tiny_pipeline(source)
-        result = convert(source, output, force=True)
+        result = convert(source, output, force=again)
         say(render_result(result))
         say("")
         say(render_inspection(inspect(output)))
@@ -46,11 +58,21 @@ def run_demo(output: Path, say: Callable[[str], None]) -> None:
     say(str(report(pipeline)))
 
 
+def _is_a_demos(folder: Path) -> bool:
+    try:
+        record = read_record(folder)
+    except ConvertError:
+        return False
+    digest = hashlib.sha256(_README.encode()).hexdigest()
+    return record is not None and record["files"].get("README.md", {}).get("sha256") == digest
+
+
 def build_tiny_pipeline(folder: Path, seed: int = 0) -> None:
     """Save a random Z-Image pipeline with small dimensions and a byte-level tokenizer, as BF16 safetensors."""
     torch.manual_seed(seed)
     with quiet_libraries():
         tiny_pipeline(torch.bfloat16).save_pretrained(folder)
+    (folder / "README.md").write_text(_README)
 
 
 def tiny_pipeline(dtype: torch.dtype) -> Any:

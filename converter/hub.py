@@ -6,9 +6,11 @@ Every failure of the Hub or the network becomes one ConvertError that says what 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, constants, get_cached_repo_tree, hf_hub_url, snapshot_download
 from huggingface_hub.errors import (
@@ -24,7 +26,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff, tqdm
 
 from .errors import ConvertError, ResumableError
 from .header import PREFIX_BYTES, Header, header_length, parse_header
@@ -96,10 +98,25 @@ class HubFiles:
             raise ResumableError(f"The Hub did not send bytes {start} to {stop} of {path} as asked; run again.")
         return content
 
-    def download_into(self, path: str, folder: Path) -> Path:
-        """Download one file to `folder/path`, past the cache; a partial download is taken up again."""
+    def download_into(self, path: str, folder: Path, stopped: threading.Event) -> Path:
+        """Download one file to `folder/path`, past the cache; a partial download is taken up again.
+
+        Raises ResumableError, also soon after `stopped` was set.
+        """
+
+        class Stoppable(tqdm):
+            def update(self, n: float | None = 1) -> bool | None:
+                if stopped.is_set():
+                    raise InterruptedError("the conversion was stopped")
+                shown: bool | None = super().update(n)
+                return shown
+
         with translated(self._repo, self.options):
-            return Path(self._api.hf_hub_download(self._repo, path, revision=self.commit, local_dir=folder))
+            return Path(
+                self._api.hf_hub_download(
+                    self._repo, path, revision=self.commit, local_dir=folder, tqdm_class=Stoppable
+                )
+            )
 
 
 class CachedFiles(LocalFiles):
@@ -123,16 +140,23 @@ class CachedFiles(LocalFiles):
         return super().local(path)
 
 
+def cache_folder(options: HubOptions) -> Path:
+    """Where downloads are kept."""
+    return Path(options.cache_dir or constants.HF_HUB_CACHE)
+
+
+def bytes_to_download(files: HubFiles, paths: list[str]) -> int:
+    """Bytes of `paths` that `download` would add to the cache."""
+    with translated(files.label, files.options):
+        found = snapshot_download(**_selection(files, paths), dry_run=True)
+    return sum(file.file_size or 0 for file in found if file.will_download)
+
+
 def download(files: HubFiles, paths: list[str]) -> CachedFiles:
     """Download exactly `paths` of a repository at its described commit into the Hub cache."""
     repo, commit, options = files.label, files.commit, files.options
-    patterns = [_literal(path) for path in paths]
     with translated(repo, options):
-        folder = Path(
-            snapshot_download(
-                repo, revision=commit, allow_patterns=patterns, token=options.token, cache_dir=options.cache_dir
-            )
-        )
+        folder = Path(snapshot_download(**_selection(files, paths)))
     revision = options.revision or constants.DEFAULT_REVISION
     if revision != commit:  # downloads by commit leave no ref, without which the revision is not found offline
         ref = folder.parent.parent / "refs" / revision
@@ -203,6 +227,18 @@ def _listing(entries: Iterable[RepoFile]) -> tuple[dict[str, int], dict[str, str
     """Sizes and, for what the Hub stores as large files, sha256 by path."""
     files = sorted(entries, key=lambda entry: entry.path)
     return {f.path: int(f.size) for f in files}, {f.path: f.lfs.sha256 for f in files if f.lfs is not None}
+
+
+def _selection(files: HubFiles, paths: list[str]) -> dict[str, Any]:
+    """Arguments of `snapshot_download`."""
+    options = files.options
+    return {
+        "repo_id": files.label,
+        "revision": files.commit,
+        "allow_patterns": [_literal(path) for path in paths],
+        "token": options.token,
+        "cache_dir": options.cache_dir,
+    }
 
 
 def _literal(path: str) -> str:

@@ -68,10 +68,7 @@ def inspect(path: str | Path) -> Inspection:
     """Inspect a snapshot's folder, or one component's. Raises ConvertError."""
     root = Path(path)
     require_folder(root)
-    record = read_record(root) or {}
-    damaged = bool(record) and any(check_record(root))
-    if damaged:  # its reasons cannot be believed, and perhaps not even be read
-        record = {}
+    record, damaged = _record(root)
     snapshot = describe(LocalFiles(root), allow_converted=True)
     recorded = record.get("components", {})
     source = record.get("source", {})
@@ -82,6 +79,16 @@ def inspect(path: str | Path) -> Inspection:
         source.get("repo") and f"{source['repo']} @ {source.get('commit')}",
         views,
     )
+
+
+def _record(root: Path) -> tuple[dict[str, Any], bool]:
+    """The record and whether there is a damaged one, which is not used: its reasons cannot be believed."""
+    try:
+        record = read_record(root)
+        damaged = record is not None and check_record(root) is not None
+    except ConvertError:
+        record, damaged = None, True
+    return ({} if damaged else record or {}), damaged
 
 
 def _tool(record: dict[str, Any], views: tuple[ComponentView, ...]) -> str | None:
@@ -99,7 +106,7 @@ def _view(component: Component, record: dict[str, Any]) -> ComponentView:
             modules |= layout.decode_modules(shard.header.metadata)
         except ValueError as error:
             raise ConvertError(
-                f"{shard.path} has unreadable fp8_convert metadata ({error}); convert it again."
+                f"{shard.path} has unreadable fp8_convert metadata ({error!s:.200}); convert it again."
             ) from error
     names = {t.name for t in component.tensors}
     config = component.config.get(layout.CONFIG_KEY)
@@ -112,7 +119,7 @@ def _view(component: Component, record: dict[str, Any]) -> ComponentView:
         module = tensor.name.removesuffix(layout.WEIGHT)
         kind = kinds.get(module) if tensor.name.endswith(layout.WEIGHT) else None
         what, mode, scheme = _classify(tensor, modules)
-        why = _why(what, mode, kind, record, module in ignored)
+        why = _why(what, kind, tensor.dtype, record, module in ignored)
         total = sums[what, mode, scheme, kind, tensor.dtype, why]
         for i, value in enumerate((1, tensor.numel, tensor.nbytes)):
             total[i] += value
@@ -134,11 +141,16 @@ def _classify(tensor: TensorInfo, modules: dict[str, tuple[str, str]]) -> tuple[
     return "fp8", mode, scheme
 
 
-def _why(what: str, mode: str | None, kind: str | None, record: dict[str, Any], ignored: bool) -> str:
-    """The rules that the record gives for tensors of this mode and kind, else what the config tells."""
+def _why(what: str, kind: str | None, dtype: str, record: dict[str, Any], ignored: bool) -> str:
+    """The rules that kept tensors of this kind and dtype, as the record counts them, else what the config tells."""
     if what != "kept":
         return ""
-    decisions = [d for d in record.get("decisions", []) if (d["mode"], d["kind"]) == (mode, kind)]
-    if decisions:
-        return "; ".join(f"{d['rule']} ({d['tensors']})" for d in decisions)
+    counts: dict[str, int] = defaultdict(int)
+    for d in record.get("decisions", []):
+        if (d["rule"], d["kind"]) == ("component", None):  # kept as a whole, whatever is in it
+            return str(d["why"])
+        if d["mode"] is None and d["kind"] == kind and dtype in d["dtypes"]:
+            counts[d["rule"]] += d["dtypes"][dtype]
+    if counts:
+        return "; ".join(f"{rule} ({count})" for rule, count in counts.items())
     return "ignored_layers" if ignored else ""

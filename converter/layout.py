@@ -82,7 +82,10 @@ def decode_modules(metadata: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     text = metadata.get(METADATA_KEY)
     if text is None:
         return {}
-    entries = json.loads(text)
+    try:
+        entries = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(entries, dict):
         raise ValueError("not a JSON object")
     modules = {}

@@ -349,7 +349,8 @@ def _config(component: Component, rules: ComponentRules, shards: list[ShardPlan]
     tensors = [t for shard in shards for t in shard.tensors]
     fp8 = [t.decision for t in tensors if t.decision.fp8]
     schemes = {(d.mode, d.block) for d in fp8}
-    native = len(schemes) > 1 or any(d.kind != "Linear" for d in fp8)
+    # Other readers take an "fp8" component's linears for what its kind is run in: a DiT's for W8A8.
+    native = len(schemes) > 1 or any(d.kind != "Linear" or d.mode != rules.mode for d in fp8)
     own = {block for mode, block in schemes if mode == rules.mode and block is not None}
     config = layout.quantization_config(
         native=native,

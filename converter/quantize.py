@@ -8,8 +8,8 @@ The per-tensor formula is that of vLLM's online FP8 (`ops.scaled_fp8_quant`), bi
 the reciprocal matters, true division gives other codes in about one weight of 6,000. Scales are always computed
 with numpy on the CPU, because torch on CUDA divides by a scalar through its reciprocal.
 
-Codes are returned as uint8 tensors (the bits of float8_e4m3fn). 16-bit sources have only 65,536 values: with a
-scale known, their codes come from a table of that size, which the same formula fills.
+Codes are returned as uint8 tensors (the bits of float8_e4m3fn). On the CPU the work is done by compiled code (`native`)
+where that was built, else by torch, to the same bits.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from . import native
+
 E4M3_MAX = 448.0
 MIN_SCALE = float(np.finfo(np.float32).tiny)  # 2^-126: the smallest scale whose reciprocal is finite
 MIN_BLOCK_AMAX = 1e-4
 SOURCE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
-_CHUNK = 256 * 1024  # elements: 1 MiB of float32 scratch stays in the L2 cache
-_TABLE_FROM = 65_536  # elements from which building a table pays
+_CHUNK = 512 * 1024  # elements: smaller ones make threads wait for the interpreter, larger ones leave the cache
 
 Block = tuple[int, int]
 
@@ -54,6 +55,8 @@ def amax(x: torch.Tensor) -> float:
     """max|x| of a float tensor of any shape on any device; NaN where x holds one, 0 for an empty tensor."""
     if x.numel() == 0:
         return 0.0
+    if native.serves(x):
+        return float(native.amax(x.reshape(1, -1), x.numel()))
     low, high = torch.aminmax(x)
     return float(torch.maximum(low.float().abs(), high.float().abs()))
 
@@ -70,43 +73,22 @@ def block_scales(amax: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return (np.maximum(amax, np.float32(MIN_BLOCK_AMAX)) / np.float32(E4M3_MAX)).astype(np.float32, copy=False)
 
 
-class TensorQuantizer:
-    """Codes of one tensor's elements under one scale; thread-safe, so its pieces can be converted in parallel.
+def quantize_tensor(x: torch.Tensor, scale: np.float32, out: torch.Tensor | None = None) -> torch.Tensor:
+    """uint8 codes [numel], on x's device, of a contiguous float tensor of any shape under one scale.
 
-    `numel` is the whole tensor's, which decides whether a table is built.
+    out: where to put them, uint8 [numel]; on the CPU it may be the first bytes of x itself, which is then lost.
     """
-
-    def __init__(self, scale: np.float32, dtype: torch.dtype, numel: int, device: torch.device) -> None:
-        self._reciprocal = float(np.float32(1) / scale)
-        self._table: torch.Tensor | None = None
-        if dtype.itemsize == 2 and numel >= _TABLE_FROM:
-            every_value = torch.arange(65_536, dtype=torch.int32).to(torch.uint16).view(dtype)
-            self._table = self._arithmetic(every_value, torch.empty(65_536, dtype=torch.uint8)).to(device)
-
-    def codes(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """uint8 codes [numel] of a contiguous float tensor x, on its device.
-
-        out: where to put them, uint8 [numel]; on the CPU it may be the first bytes of x itself, which is then lost.
-        """
-        x = x.reshape(-1)
-        out = _new_codes(x) if out is None else out
-        return self._arithmetic(x, out) if self._table is None else self._look_up(x, self._table, out)
-
-    def _arithmetic(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        codes = out.view(torch.float8_e4m3fn)
-        for start in range(0, x.numel(), step := _step(x)):
-            piece = x[start : start + step]
-            floats = _scratch_like(piece, torch.float32).copy_(piece)
-            codes[start : start + step].copy_(floats.mul_(self._reciprocal).clamp_(-E4M3_MAX, E4M3_MAX))
+    x = x.reshape(-1)
+    out = _new_codes(x) if out is None else out
+    reciprocal = np.float32(1) / scale
+    if native.serves(x):
+        native.codes(x.view(1, -1), torch.tensor([reciprocal]), max(1, x.numel()), out)
         return out
-
-    def _look_up(self, x: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        bits = x.view(torch.uint16)
-        for start in range(0, x.numel(), step := _step(x)):
-            piece = bits[start : start + step]
-            indices = _scratch_like(piece, torch.int32).copy_(piece)
-            torch.index_select(table, 0, indices, out=out[start : start + step])
-        return out
+    codes = out.view(torch.float8_e4m3fn)
+    for start in range(0, x.numel(), step := _step(x)):
+        floats = _floats(x[start : start + step]).mul_(float(reciprocal))
+        codes[start : start + step].copy_(floats.clamp_(-E4M3_MAX, E4M3_MAX))
+    return out
 
 
 def quantize_blocks(
@@ -115,38 +97,47 @@ def quantize_blocks(
     """Codes and scales of rows that start at a block's first row.
 
     x: float [R, K], contiguous. Returns uint8 codes [R * K] on x's device, float32 scales [ceil(R/bn), ceil(K/bk)]
-    and whether every element is finite. Edge blocks count as padded with zeros. out: as in TensorQuantizer.codes.
+    and whether every element is finite. Edge blocks count as padded with zeros. out: as in quantize_tensor.
     """
-    rows, columns = x.shape
-    largest = _block_amax(x, block)
+    height, width = block[0], min(block[1], x.shape[1])
+    largest = _block_amax(x, height, width)
     scales = block_scales(largest)
-    reciprocals = np.repeat(np.float32(1) / scales, min(block[1], columns), axis=1)[:, :columns]
-    factors = torch.from_numpy(reciprocals).to(x.device)
+    factors = torch.from_numpy(np.float32(1) / scales)
     out = _new_codes(x) if out is None else out
-    codes = out.view(torch.float8_e4m3fn).view(rows, columns)
-    for strip, part in _strips(x, block[0]):
-        floats = _scratch_like(x[part], torch.float32).copy_(x[part])
-        codes[part].copy_(floats.mul_(factors[strip]).clamp_(-E4M3_MAX, E4M3_MAX))
+    codes = out.view(x.shape)
+    if native.serves(x):
+        for number, top in enumerate(range(0, x.shape[0], height)):
+            rows = slice(top, top + height)
+            native.codes(x[rows], factors[number], width, codes[rows])
+    else:
+        by_column = factors.repeat_interleave(width, dim=1)[:, : x.shape[1]].to(x.device)
+        for number, rows in _strips(x, height):
+            floats = _floats(x[rows]).mul_(by_column[number])
+            codes[rows].view(torch.float8_e4m3fn).copy_(floats.clamp_(-E4M3_MAX, E4M3_MAX))
     return out, scales, bool(np.isfinite(largest).all())
 
 
-def _block_amax(x: torch.Tensor, block: Block) -> npt.NDArray[np.float32]:
-    """max|w| of every block of x, float32; NaN where a block holds one.
+def _block_amax(x: torch.Tensor, height: int, width: int) -> npt.NDArray[np.float32]:
+    """max|w| of every block of x, float32; NaN where a block holds one."""
+    if native.serves(x):
+        blocks = torch.stack([native.amax(x[top : top + height], width) for top in range(0, x.shape[0], height)])
+    else:
+        blocks = _torch_block_amax(x, height, width)
+    values: npt.NDArray[np.float32] = blocks.float().cpu().numpy()
+    return values
 
-    Magnitudes of floats order as their bits do, NaN last, and the maximum of integers is the faster one.
-    """
+
+def _torch_block_amax(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Magnitudes of floats order as their bits do, NaN last, and the maximum of integers is the faster one."""
     rows, columns = x.shape
-    width = min(block[1], columns)
     integer, magnitude = (torch.int16, 0x7FFF) if x.itemsize == 2 else (torch.int32, 0x7FFFFFFF)
     bits = x.view(integer)
-    largest = bits.new_zeros(-(-rows // block[0]), -(-columns // width) * width)
-    for strip, part in _strips(x, block[0]):
+    largest = bits.new_zeros(-(-rows // height), -(-columns // width) * width)
+    for number, part in _strips(x, height):
         magnitudes = torch.bitwise_and(bits[part], magnitude, out=_scratch_like(bits[part], integer))
-        row = largest[strip, :columns]
+        row = largest[number, :columns]
         torch.maximum(row, magnitudes.amax(dim=0), out=row)
-    blocks = largest.view(largest.shape[0], -1, width).amax(dim=2)
-    values: npt.NDArray[np.float32] = blocks.view(x.dtype).float().cpu().numpy()
-    return values
+    return largest.view(largest.shape[0], -1, width).amax(dim=2).view(x.dtype)
 
 
 def _strips(x: torch.Tensor, height: int) -> Iterator[tuple[int, slice]]:
@@ -166,6 +157,11 @@ def _step(x: torch.Tensor) -> int:
 
 def _new_codes(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(x.numel(), dtype=torch.uint8, device=x.device)
+
+
+def _floats(x: torch.Tensor) -> torch.Tensor:
+    """x in float32, in memory that may be written."""
+    return _scratch_like(x, torch.float32).copy_(x)
 
 
 def _scratch_like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

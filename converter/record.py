@@ -8,17 +8,48 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from operator import attrgetter
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from . import layout
 from .errors import ConvertError
-from .plan import ComponentPlan, Plan, rows
+from .plan import ComponentPlan, Plan, Row, rows
 from .recipe import tool_version
 from .target import Done
 
 _SEAL = "record_sha256"
+
+# What readers of a record rely on: a type, (alternatives), [items], {key: value} or {str: value} for any names.
+_TEXT_OR_NONE = (str, NoneType)
+_SHAPE: Mapping[Any, Any] = {
+    "tool_version": str,
+    "source": {"repo": _TEXT_OR_NONE, "commit": _TEXT_OR_NONE, "pipeline": _TEXT_OR_NONE},
+    "recipe": {
+        "manifest": str,
+        "manifest_sha256": str,
+        "ignored_layers": [str],
+        "components": [str],
+        "compact": bool,
+        "weight_block_size": ([int], NoneType),
+        "activation_scheme": str,
+        "input_scales_sha256": _TEXT_OR_NONE,
+    },
+    "components": {
+        str: {
+            "class": _TEXT_OR_NONE,
+            "fp8_modules": {str: int},
+            "decisions": [
+                {"mode": _TEXT_OR_NONE, "kind": _TEXT_OR_NONE, "rule": str, "why": str, "dtypes": {str: int}}
+            ],
+        }
+    },
+    "shards": {str: {"size": int, "sha256": str}},
+    "files": {str: {"size": int, "sha256": str}},
+}
 
 
 def make_record(plan: Plan, done: Mapping[str, Done]) -> dict[str, Any]:
@@ -59,30 +90,97 @@ def seal(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_record(root: Path) -> dict[str, Any] | None:
-    """The record of a converted snapshot, None if the folder has none. Raises ConvertError if it is no record."""
+    """The record of a converted snapshot, None if the folder has none.
+
+    Its types and paths are checked, its digests are not. Raises ConvertError if it is no record that can be used.
+    """
     path = root / layout.RECORD_FILE
     if not path.is_file():
         return None
+    record = _parse(path, _read(path))
+    if problem := _problem(record):
+        raise ConvertError(f"{path} {problem}; convert the snapshot again.")
+    return record
+
+
+def check_record(root: Path) -> str | None:
+    """What is wrong with the record itself, None if it is, byte for byte, what was written.
+
+    Raises ConvertError if it is no JSON or cannot be read.
+    """
+    path = root / layout.RECORD_FILE
+    raw = _read(path)
+    record = _parse(path, raw)
+    if problem := _problem(record):
+        return problem
     try:
-        record = json.loads(path.read_bytes().decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConvertError(f"{path} is damaged (not valid JSON); convert the snapshot again.") from error
+        as_written = seal({k: v for k, v in record.items() if k != _SEAL}) == record
+        as_written = as_written and layout.encode_json(record) == raw
+    except (ValueError, RecursionError):  # what no encoder writes, such as half a surrogate pair
+        as_written = False
+    return None if as_written else "was changed since it was written"
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
     except OSError as error:
         raise ConvertError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
+
+
+def _parse(path: Path, raw: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConvertError(f"{path} is damaged (not valid JSON); convert the snapshot again.") from error
     if not isinstance(record, dict):
         raise ConvertError(f"{path} is damaged (not a JSON object); convert the snapshot again.")
     return record
 
 
-def check_record(root: Path) -> Iterator[str]:
-    """What is wrong with the record itself: it must be, byte for byte, what was written."""
-    record = read_record(root) or {}
-    unsealed = {k: v for k, v in record.items() if k != _SEAL}
-    raw = (root / layout.RECORD_FILE).read_bytes()
-    if record.get("format") != layout.RECORD_FORMAT:
-        yield f"has the format {record.get('format')!r}; this version reads {layout.RECORD_FORMAT}"
-    elif seal(unsealed) != record or layout.encode_json(record) != raw:
-        yield "was changed since it was written"
+def _problem(record: Mapping[str, Any]) -> str | None:
+    """What keeps readers from using a record, None if nothing does."""
+    if (stated := record.get("format")) != layout.RECORD_FORMAT:
+        return f"has the format {stated!r:.40}, and this version reads {layout.RECORD_FORMAT}"
+    what = next(_misfits(record, _SHAPE, "the record"), None) or next(_contradictions(record), None)
+    return f"is damaged ({what})" if what else None
+
+
+def _misfits(value: Any, shape: Any, where: str) -> Iterator[str]:
+    """Where a value is not of its shape; `where` names it."""
+    if isinstance(shape, tuple):
+        fits = any(next(_misfits(value, s, where), None) is None for s in shape)
+    elif isinstance(shape, type):
+        fits = type(value) is shape and (not isinstance(value, int) or 0 <= value < 2**63)
+    else:
+        fits = isinstance(value, type(shape))
+    if not fits:
+        yield f"{where} is {value!r:.40}"
+    elif isinstance(shape, list):
+        for item in value:
+            yield from _misfits(item, shape[0], f"an item of {where}")
+    elif isinstance(shape, dict):
+        for name in value if str in shape else shape:
+            if name not in value:
+                yield f"{where} lacks {name}"
+            else:
+                yield from _misfits(value[name], shape.get(str) or shape[name], f"{name!r:.80} of {where}")
+
+
+def _contradictions(record: Mapping[str, Any]) -> Iterator[str]:
+    """Names that are no paths below the snapshot, and parts that do not fit together."""
+    components, shards, files = record["components"], record["shards"], record["files"]
+    for path in (*filter(None, components), *files):
+        if not path.isprintable() or any(part in ("", ".", "..") for part in path.split("/")):
+            yield f"it names {path!r:.80}, which is no path of a snapshot"
+    for path, entry in shards.items():
+        if {k: files.get(path, {}).get(k) for k in ("size", "sha256")} != {k: entry[k] for k in ("size", "sha256")}:
+            yield f"its shards and files disagree about {path!r:.80}"
+        elif path.rpartition("/")[0] not in components:
+            yield f"the shard {path!r:.80} is of no component"
+    block = record["recipe"]["weight_block_size"]
+    if block is not None and len(block) != 2:
+        yield f"its weight_block_size is {block!r:.40}"
 
 
 def _component(component: ComponentPlan) -> dict[str, Any]:
@@ -102,6 +200,7 @@ def _component(component: ComponentPlan) -> dict[str, Any]:
                 "rule": r.rule,
                 "why": r.why,
                 "tensors": r.count,
+                "dtypes": _dtypes(component, r),
                 "params": r.params,
                 "bytes_before": r.bytes_before,
                 "bytes_after": r.bytes_after,
@@ -109,3 +208,9 @@ def _component(component: ComponentPlan) -> dict[str, Any]:
             for r in rows(component)
         ],
     }
+
+
+def _dtypes(component: ComponentPlan, row: Row) -> dict[str, int]:
+    """How many of a row's tensors have each source dtype."""
+    alike = attrgetter("mode", "scheme", "kind", "rule", "why")
+    return dict(sorted(Counter(t.info.dtype for t in component.tensors if alike(t.decision) == alike(row)).items()))

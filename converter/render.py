@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from .convert import Result
 from .inspection import Inspection
@@ -40,7 +40,7 @@ def render_plan(plan: Plan, width: int | None = None) -> str:
     lines += ["", f"total: {_change(before, after)} in {_plural(len(plan.shards), 'file')}"]
     if plan.bytes_read_twice:
         lines.append(f"{_bytes(plan.bytes_read_twice)} are read twice: their fusion groups are measured first")
-    return "\n".join(lines)
+    return _text(lines)
 
 
 def render_inspection(inspection: Inspection, width: int | None = None) -> str:
@@ -59,7 +59,7 @@ def render_inspection(inspection: Inspection, width: int | None = None) -> str:
             table.append([what, group.kind or "-", group.dtype, *numbers, group.why])
         lines += _table(table, right=(3, 4, 5), width=width, words=1)
         lines += [f"PROBLEM: {problem}" for problem in component.problems]
-    return "\n".join(lines)
+    return _text(lines)
 
 
 def render_result(result: Result) -> str:
@@ -77,7 +77,7 @@ def render_verification(verification: Verification) -> str:
     against = f", compared with {verification.compared_with}" if verification.compared_with else ""
     checked = f"{verification.files} files, {verification.tensors} tensors{against}"
     verdict = "ok" if verification.ok else _plural(len(verification.findings), "finding")
-    return "\n".join([*lines, f"{verification.path}: {verdict} ({checked})"])
+    return _text([*lines, f"{verification.path}: {verdict} ({checked})"])
 
 
 def render_manifests(manifests: Sequence[Manifest], width: int | None = None) -> str:
@@ -87,6 +87,11 @@ def render_manifests(manifests: Sequence[Manifest], width: int | None = None) ->
         chosen = ", ".join((*manifest.repos, *manifest.pipelines)) or "anything else"
         table.append([manifest.name, manifest.description, chosen])
     return "\n".join(_table(table, right=(), width=width, words=2))
+
+
+def _text(lines: Iterable[str]) -> str:
+    """The lines, whatever stands in names: control characters would reach the terminal, half surrogates would fail."""
+    return "\n".join("".join(c if c.isprintable() else " " for c in line) for line in lines)
 
 
 def _headline(plan: Plan) -> str:

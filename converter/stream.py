@@ -24,7 +24,7 @@ from .decide import PlannedTensor
 from .errors import ConvertError, ResumableError
 from .layout import INPUT_SCALE, W8A8, scale_key
 from .plan import ShardPlan
-from .quantize import SOURCE_DTYPES, TensorQuantizer, amax, quantize_blocks, tensor_scale
+from .quantize import SOURCE_DTYPES, amax, quantize_blocks, quantize_tensor, tensor_scale
 from .reading import BufferPool, Hasher, Span, SpanReader, open_for_reading, read_exactly
 from .schedule import POOL_BYTES, SLOT_BYTES, Segment, Slot, cut, scale_domain, split_unit
 
@@ -173,7 +173,6 @@ class _ShardStream:
         self.data_start = shard.source.header.data_start
         self.last = {d: i for i, t in enumerate(shard.tensors) if (d := scale_domain(t)) is not None}
         self.scales = {domain: tensor_scale(amaxes[domain]) for domain in self.schedule.measured}
-        self.quantizers: dict[int, TensorQuantizer] = {}
         self.waiting: dict[str, list[_Part]] = {}
         self.blocks: dict[int, _Blocks] = {}
         self.pending: deque[_Emit] = deque()
@@ -281,17 +280,10 @@ class _ShardStream:
         scale: np.float32,
         with_scale: bool,
     ) -> None:
-        quantizer = self.quantizers.get(segment.tensor)
-        if quantizer is None:
-            dtype = SOURCE_DTYPES[tensor.info.dtype]
-            quantizer = TensorQuantizer(scale, dtype, tensor.info.numel, self.engine.device)
-            self.quantizers[segment.tensor] = quantizer
-        offset = segment.start // tensor.info.itemsize
-        self._emit(tensor.info.name, offset, self.engine.submit(partial(quantizer.codes, x, _in_place(x))), span)
-        if segment.stop == tensor.info.nbytes:
-            del self.quantizers[segment.tensor]
-            if with_scale:
-                self._emit_scales(tensor, _done(_bytes(np.array(scale))))
+        codes = self.engine.submit(partial(quantize_tensor, x, scale, _in_place(x)))
+        self._emit(tensor.info.name, segment.start // tensor.info.itemsize, codes, span)
+        if with_scale and segment.stop == tensor.info.nbytes:
+            self._emit_scales(tensor, _done(_bytes(np.array(scale))))
 
     def _take_blocks(
         self, segment: Segment, tensor: PlannedTensor, x: torch.Tensor, span: Span | None, with_scale: bool

@@ -7,6 +7,7 @@ shard N is converted and deletes each as soon as its output is safe, so that at 
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -23,7 +24,12 @@ from .stream import Engine, finite, measure
 
 
 class Supply:
-    """Source shards that lie on this machine. A context manager, as its streaming sibling is."""
+    """Source shards that lie on this machine. A context manager, as its streaming sibling is.
+
+    ahead: whether a shard may be taken before the one before it is finished.
+    """
+
+    ahead = True
 
     def __enter__(self) -> Supply:
         return self
@@ -48,10 +54,13 @@ class Supply:
 class StreamedSupply(Supply):
     """Downloads the `wanted` shards of a Hub repository into `folder`, in order, one ahead."""
 
+    ahead = False  # its download would be the third that takes disk
+
     def __init__(self, files: HubFiles, folder: Path, wanted: Sequence[ShardPlan]) -> None:
         self._files, self._folder = files, folder
         self._wanted = [shard.source.path for shard in wanted]
         self._executor = ThreadPoolExecutor(1, "fp8-download")
+        self._stopped = threading.Event()
         self._arriving: dict[str, Future[Path]] = {}
         for path in self._present() - set(self._wanted):
             (folder / path).unlink()  # its output was finished before an interruption
@@ -59,8 +68,9 @@ class StreamedSupply(Supply):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # After an error nobody wants to wait for gigabytes that are still arriving.
-        self._executor.shutdown(wait=error is None, cancel_futures=True)
+        # After an error nobody waits for gigabytes that are still arriving, and after Ctrl-C for nothing at all.
+        self._stopped.set()
+        self._executor.shutdown(wait=error is None or isinstance(error, Exception), cancel_futures=True)
         if error is None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -94,7 +104,7 @@ class StreamedSupply(Supply):
 
     def _order(self, path: str) -> None:
         if path not in self._arriving:
-            self._arriving[path] = self._executor.submit(self._files.download_into, path, self._folder)
+            self._arriving[path] = self._executor.submit(self._files.download_into, path, self._folder, self._stopped)
 
     def _measure_remote(self, shard: ShardPlan, groups: Sequence[str]) -> dict[str, float]:
         found: dict[str, float] = {}

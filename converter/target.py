@@ -11,7 +11,6 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from .source import CONFIG, MODEL_INDEX
 from .writing import file_sha256, sync_folder
 
 STAGING = ".fp8-convert"
-_SPARE_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -115,23 +113,14 @@ class Target:
             journal.flush()
             os.fsync(journal.fileno())
 
-    def staged_bytes(self) -> int:
-        """Bytes that an earlier run left below the staging folder."""
-        return sum(p.stat().st_size for p in self._staging.rglob("*") if p.is_file())
-
-    def check_space(self, needed: int) -> None:
-        """Refuse a conversion that cannot fit, before it starts. needed: bytes of the output and streamed sources."""
-        missing = needed - self.staged_bytes() + _SPARE_BYTES - shutil.disk_usage(self.folder).free
-        if missing > 0:
-            raise ConvertError(
-                f"{self.folder} has not enough disk space: the conversion takes {needed / 1e9:.2f} GB and "
-                f"{missing / 1e9:.2f} GB are missing; make room or choose another folder."
-            )
+    def missing_bytes(self, needed: int) -> int:
+        """How much of `needed` bytes an earlier run has not yet left below the staging folder."""
+        return needed - sum(p.stat().st_size for p in self._staging.rglob("*") if p.is_file())
 
     def publish(self, paths: list[str]) -> None:
         """Rename the finished files into place, those that make the snapshot loadable last; drop what they replace."""
         order = sorted(paths, key=lambda p: (p == RECORD_FILE, p in (MODEL_INDEX, CONFIG), p))
-        stale = set(_recorded_files(self.folder)) - set(paths)
+        stale = _recorded_files(self.folder) - set(paths)
         # What makes the old snapshot loadable goes first; its record goes last, since it knows what else is stale.
         for path in (MODEL_INDEX, CONFIG, *sorted(stale), RECORD_FILE):
             if (self._new / path).exists() or path in stale:
@@ -217,10 +206,15 @@ def _finished(folder: Path) -> ConvertError:
     return ConvertError(f"{folder} holds a finished FP8 snapshot; pass --force to replace it.")
 
 
-def _recorded_files(folder: Path) -> Mapping[str, Any]:
+def _recorded_files(folder: Path) -> set[str]:
+    """Files of the snapshot in the folder, as far as its record can be read, whatever version wrote it."""
     try:
-        files = json.loads((folder / RECORD_FILE).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    safe = (p for p in files if isinstance(p, str) and not Path(p).is_absolute() and ".." not in Path(p).parts)
-    return dict.fromkeys(safe)
+        files = json.loads((folder / RECORD_FILE).read_bytes().decode())["files"]
+        return {name for name in files if isinstance(name, str) and _lies_in(folder, name)}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return set()
+
+
+def _lies_in(folder: Path, name: str) -> bool:
+    path = folder / name
+    return path.is_file() and path.resolve().is_relative_to(folder.resolve())

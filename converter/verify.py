@@ -1,13 +1,16 @@
 """`verify`: is a converted snapshot still what was written, is it consistent, and is it what its source gives?
 
 Three questions, each answered by findings: do all bytes have the record's digests; do headers, scales, indices and
-configs fit together as readers need them; and, with the source, are codes and scales those of the formula.
+configs fit together as readers need them; and, with the source, are codes and scales those of the formula. Damage is
+no reason to stop: what can still be read is still checked. Nothing in the folder is trusted, the record neither.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +22,14 @@ from . import layout
 from .errors import ConvertError
 from .header import Header, TensorInfo, read_header
 from .locate import SourceOptions, fetch, open_source
-from .manifest import load_manifest
+from .manifest import Manifest, load_manifest, shipped
 from .modules import module_map
 from .plan import Plan, ShardPlan, make_plan
 from .progress import Progress, Silent
 from .reading import open_for_reading, read_exactly
-from .recipe import Recipe
+from .recipe import ACTIVATION_SCHEMES, Recipe
 from .record import check_record, read_record
-from .source import CONFIG, Component, LocalFiles, describe, require_folder
+from .source import CONFIG, Component, LocalFiles, Shard, Snapshot, describe, require_folder
 from .stream import Engine, measure, stream_shard
 from .target import STAGING
 from .writing import file_sha256
@@ -36,7 +39,7 @@ _SCALE_BYTES_AT_ONCE = 1 << 20
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong with one file."""
+    """Something wrong with one file; the path "." stands for the whole snapshot."""
 
     path: str
     problem: str
@@ -72,32 +75,31 @@ def verify(
     """Check a converted snapshot; with `source` (a folder or a Hub id), also against what it was made from.
 
     manifest: the manifest it was converted with, where that was one of your own. Raises ConvertError where there is
-    nothing to verify: no converted snapshot, or a source that cannot be read.
+    nothing to verify: no converted snapshot, or a source or manifest that cannot be read or is another one's.
     """
     root = Path(path)
     progress = progress or Silent()
+    options = options or SourceOptions()
     require_folder(root)
-    record = read_record(root)
-    if record is None:
+    if not (root / layout.RECORD_FILE).is_file():
         advice = "run its conversion again" if (root / STAGING).exists() else "give the folder that fp8-convert wrote"
         raise ConvertError(
             f"{root} has no {layout.RECORD_FILE}, so it is no snapshot that fp8-convert finished; {advice}."
         )
-    findings = list(check_record(root))
-    if findings:  # nothing else can be believed
-        problems = tuple(Finding(layout.RECORD_FILE, problem) for problem in findings)
-        return Verification(str(root), 1, 0, None, problems)
+    if problem := check_record(root):  # nothing else can be believed
+        return Verification(str(root), 1, 0, None, (Finding(layout.RECORD_FILE, problem),))
+    record = read_record(root)
+    assert record is not None
+    original = None
+    if source is not None:  # before the long work: what is wrong with the options is said at once
+        original = _original(root, record, source, options), _manifest(root, record, manifest)
     progress.start(sum(entry["size"] for entry in record["files"].values()))
     found = [*_check_files(root, record, progress)]
     progress.close()
-    tensors = 0
-    if not found:
-        snapshot = describe(LocalFiles(root), allow_converted=True)
-        for component in snapshot.components:
-            tensors += sum(1 for _ in component.tensors)
-            found += _check_component(root, component)
-        if source is not None:
-            found += _compare(root, record, source, manifest, options or SourceOptions(), progress)
+    shards = _check_structure(root, record, found)
+    if original is not None:
+        found += _compare(root, record, *original, {f.path for f in found}, progress)
+    tensors = sum(len(s.header.tensors) for s in shards)
     compared = None if source is None else os.fspath(source)
     return Verification(str(root), len(record["files"]) + 1, tensors, compared, tuple(found))
 
@@ -106,165 +108,296 @@ def _check_files(root: Path, record: Mapping[str, Any], progress: Progress) -> I
     """Sizes and digests of all that the record lists, and files that it does not list."""
     files: Mapping[str, Mapping[str, Any]] = record["files"]
     for name, entry in files.items():
-        file = root / name
-        if not file.is_file():
-            yield Finding(name, "is missing")
-        elif file.stat().st_size != entry["size"]:
-            yield Finding(name, f"has {file.stat().st_size} bytes instead of {entry['size']}")
-        else:
-            fd = open_for_reading(file, name)
-            try:
-                digest = file_sha256(fd)
-            except OSError as error:
-                yield Finding(name, f"cannot be read ({error.strerror})")
-            else:
-                if digest != entry["sha256"]:
-                    yield Finding(name, "has another sha256 than the record says")
-            finally:
-                os.close(fd)
+        if problem := _damage(root / name, entry):
+            yield Finding(name, problem)
         progress.advance(entry["size"])
     for name in LocalFiles(root).sizes():
         if name not in files and name != layout.RECORD_FILE and name.endswith((".safetensors", ".json")):
             yield Finding(name, "is not in the record")
 
 
-def _check_component(root: Path, component: Component) -> Iterator[Finding]:
-    """What readers rely on: every FP8 weight with its scale, every scale usable, the config in agreement."""
-    config = component.config.get(layout.CONFIG_KEY)
-    by_name = {t.name: (t, s) for s in component.shards for t in s.header.tensors}
-    modules: dict[str, tuple[str, str]] = {}
-    for shard in component.shards:
+def _damage(file: Path, entry: Mapping[str, Any]) -> str | None:
+    """How a file differs from its entry in the record, None if it does not."""
+    try:
+        if not file.is_file():
+            return "is missing"
+        with open(file, "rb", buffering=0) as opened:
+            size = os.fstat(opened.fileno()).st_size
+            if size != entry["size"]:
+                return f"has {size} bytes instead of {entry['size']}"
+            if file_sha256(opened.fileno()) == entry["sha256"]:
+                return None
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    unreadable = _unreadable(file)
+    return "has another sha256 than the record says" + (f": {unreadable}" if unreadable else "")
+
+
+def _unreadable(file: Path) -> str | None:
+    """Why a damaged file cannot be parsed, None if it can."""
+    try:
+        if file.suffix == ".safetensors":
+            read_header(file, "it")
+        elif file.suffix == ".json":
+            json.loads(file.read_bytes().decode("utf-8"))
+    except ConvertError as error:
+        return str(error)
+    except (ValueError, RecursionError):
+        return "it is not valid JSON"
+    return None
+
+
+def _check_structure(root: Path, record: Mapping[str, Any], found: list[Finding]) -> Sequence[Shard]:
+    """Add to `found` what does not fit together in headers, scales, indices and configs; returns the shards looked at.
+
+    Where a damaged file keeps the snapshot from being described, each shard that parses is checked for itself.
+    """
+    files = LocalFiles(root)
+    damaged = {f.path for f in found}
+    components: tuple[Component, ...] = ()
+    try:
+        components = describe(files, allow_converted=True).components
+        shards = [shard for c in components for shard in c.shards]
+        if {c.name: c.class_name for c in components} != _classes(record):
+            found.append(Finding(layout.RECORD_FILE, "has other components than the snapshot"))
+    except ConvertError as error:
+        if not any(path.endswith((".safetensors", ".json")) for path in damaged):  # else that is why
+            found.append(Finding(".", str(error)))
+        shards = [*_readable_shards(files, record)]
+    # A component that was only copied may be quantised in some other way; its digests say all.
+    converted = {name for name, entry in record["components"].items() if any(entry["fp8_modules"].values())}
+    for shard in shards:
+        if shard.path.rpartition("/")[0] in converted or layout.METADATA_KEY in shard.header.metadata:
+            found += _check_shard(root, shard)
+    for component in components:
+        missing = not component.config and component.path(CONFIG) in damaged
+        if component.name in record["components"] and not missing:
+            found += _check_component(component, record["components"][component.name]["fp8_modules"])
+    return shards
+
+
+def _readable_shards(files: LocalFiles, record: Mapping[str, Any]) -> Iterator[Shard]:
+    for path, entry in record["shards"].items():
         try:
-            here = layout.decode_modules(shard.header.metadata)
-        except ValueError as error:
-            yield Finding(shard.path, f"has unreadable fp8_convert metadata ({error})")
+            yield Shard(path, entry["size"], files.header(path), files.local(path))
+        except ConvertError:  # found by its digest, or by what describing the snapshot met
             continue
-        names = {t.name for t in shard.header.tensors}
-        for module in here:
-            if module + layout.WEIGHT not in names:
-                yield Finding(shard.path, f"its metadata name {module}, whose weight it does not hold")
-        modules |= here
-    for name, (tensor, shard) in by_name.items():
-        module = name.removesuffix(layout.WEIGHT)
-        if tensor.dtype == "F8_E4M3" and module not in modules:
+
+
+def _check_shard(root: Path, shard: Shard) -> Iterator[Finding]:
+    """What readers rely on: every FP8 weight with its scale beside it, every scale usable."""
+    try:
+        modules = layout.decode_modules(shard.header.metadata)
+    except ValueError as error:
+        yield Finding(shard.path, f"has unreadable fp8_convert metadata ({error!s:.200})")
+        return
+    tensors = {t.name: t for t in shard.header.tensors}
+    for module, (mode, scheme) in modules.items():
+        if (weight := tensors.get(module + layout.WEIGHT)) is None:
+            yield Finding(shard.path, f"its metadata name {module}, whose weight it does not hold")
+        elif problem := _weight_problem(module, mode, scheme, weight, tensors):
+            yield Finding(shard.path, problem)
+    for name, tensor in tensors.items():
+        if tensor.dtype == "F8_E4M3" and name.removesuffix(layout.WEIGHT) not in modules:
             yield Finding(shard.path, f"{name} is FP8 and the metadata do not name it")
         if name.endswith((layout.WEIGHT_SCALE, layout.WEIGHT_SCALE_INV, layout.INPUT_SCALE)):
-            owner = name.rpartition(".")[0]
-            if owner not in modules:
+            if name.rpartition(".")[0] not in modules:
                 yield Finding(shard.path, f"{name} is a scale without an FP8 weight")
+            elif name.endswith(layout.INPUT_SCALE) and (tensor.dtype, tensor.shape) != ("F32", ()):
+                yield Finding(shard.path, f"{name} is {tensor.dtype} {list(tensor.shape)} instead of F32 []")
             elif not _usable(root / shard.path, shard.header, tensor):
                 yield Finding(shard.path, f"{name} holds a scale that is not finite and positive")
-    for module, (mode, scheme) in modules.items():
-        entry = by_name.get(module + layout.WEIGHT)
-        if entry is None:
-            continue
-        yield from _check_weight(module, mode, scheme, entry[0], entry[1].path, by_name)
-    if modules and not isinstance(config, dict):
-        yield Finding(component.path(CONFIG), f"has no {layout.CONFIG_KEY}, so readers would take codes for weights")
-    elif isinstance(config, dict):
-        yield from _check_config(component, config, modules)
 
 
-def _check_weight(
-    module: str, mode: str, scheme: str, weight: TensorInfo, path: str, by_name: Mapping[str, tuple[TensorInfo, Any]]
-) -> Iterator[Finding]:
+def _weight_problem(
+    module: str, mode: str, scheme: str, weight: TensorInfo, tensors: Mapping[str, TensorInfo]
+) -> str | None:
+    """What is wrong with a weight that the metadata name, or with its scale."""
     block = layout.scheme_block(scheme)
-    if weight.dtype != "F8_E4M3":
-        yield Finding(path, f"{weight.name} is {weight.dtype}, and the metadata say {mode} {scheme}")
-        return
     key = layout.scale_key(module, block)
-    if key not in by_name:
-        yield Finding(path, f"{weight.name} has no scale {key}")
-        return
-    scale = by_name[key][0]
+    if weight.dtype != "F8_E4M3":
+        return f"{weight.name} is {weight.dtype}, and the metadata say {mode} {scheme}"
+    if block is not None and len(weight.shape) != 2:
+        return f"{weight.name} is {list(weight.shape)}, and block scales are for two dimensions"
+    if (scale := tensors.get(key)) is None:
+        return f"{weight.name} has no scale {key}"
     expected = layout.scale_shape(weight.shape, block)
     if scale.dtype != "F32" or scale.shape != expected:
-        yield Finding(path, f"{key} is {scale.dtype} {list(scale.shape)} instead of F32 {list(expected)}")
+        return f"{key} is {scale.dtype} {list(scale.shape)} instead of F32 {list(expected)}"
+    return None
 
 
-def _check_config(
-    component: Component, config: Mapping[str, Any], modules: Mapping[str, tuple[str, str]]
-) -> Iterator[Finding]:
-    path = component.path(CONFIG)
-    expected = layout.quantization_config(native=False, activation_scheme="dynamic", ignored_layers=[], block=None)
-    if set(config) != set(expected):
-        yield Finding(path, f"{layout.CONFIG_KEY} has the keys {sorted(config)} instead of {sorted(expected)}")
+def _check_component(component: Component, recorded: Mapping[str, int]) -> Iterator[Finding]:
+    """Whether record and config tell exactly what the shards hold. recorded: numbers of FP8 modules by mode."""
+    modules: dict[str, tuple[str, str]] = {}
+    try:
+        for shard in component.shards:
+            modules |= layout.decode_modules(shard.header.metadata)
+    except ValueError:  # found in the shard
         return
-    kinds = module_map(component).kinds
-    linears = {name for name, kind in kinds.items() if kind == "Linear"}
-    if set(config["ignored_layers"]) != linears - set(modules):
+    if Counter(mode for mode, _ in modules.values()) != Counter(recorded):
+        yield Finding(layout.RECORD_FILE, f"counts other FP8 modules in {component.label} than its shards hold")
+    if modules:
+        yield from _check_config(component, modules)
+
+
+def _check_config(component: Component, modules: Mapping[str, tuple[str, str]]) -> Iterator[Finding]:
+    """What readers take from the config: which layers are FP8, and how."""
+    path = component.path(CONFIG)
+    config = component.config.get(layout.CONFIG_KEY)
+    if not isinstance(config, dict):
+        yield Finding(path, f"has no {layout.CONFIG_KEY}, so readers would take codes for weights")
+        return
+    keys = layout.quantization_config(native=False, activation_scheme="dynamic", ignored_layers=[], block=None)
+    if set(config) != set(keys):
+        stated = ", ".join(sorted(config))
+        yield Finding(path, f"{layout.CONFIG_KEY} has the keys {stated:.200} instead of {', '.join(sorted(keys))}")
+        return
+    built = module_map(component)
+    if built.problem:
+        yield Finding(path, f"its layers cannot be checked: {built.problem}")
+        return
+    schemes = set(modules.values())
+    blocks = {block for _, scheme in schemes if (block := layout.scheme_block(scheme))}
+    native = len(schemes) > 1 or any(built.kinds.get(m) != "Linear" for m in modules)
+    stored = all(mode == layout.STORAGE for mode, _ in schemes)  # for a DiT "fp8" would mean W8A8
+    methods = [*([] if native else [layout.QUANT_METHOD]), *([layout.QUANT_METHOD_NATIVE] if native or stored else [])]
+    native = config["quant_method"] == layout.QUANT_METHOD_NATIVE
+    expected: dict[str, list[Any]] = {
+        "quant_method": methods,
+        "activation_scheme": [*ACTIVATION_SCHEMES],
+        "is_checkpoint_fp8_serialized": [True],
+        "weight_block_size": [*map(list, blocks), *([None] if native or not blocks else [])],
+    }
+    for key, values in expected.items():
+        if config[key] not in values:
+            yield Finding(path, f"{key} is {config[key]!r:.80} instead of {' or '.join(map(repr, values))}")
+    linears = {name for name, kind in built.kinds.items() if kind == "Linear"}
+    if config["ignored_layers"] != sorted(linears - set(modules)):
         yield Finding(path, "ignored_layers are not exactly the linear layers that are not FP8")
-    native = len(set(modules.values())) > 1 or any(kinds.get(m) != "Linear" for m in modules)
-    method = layout.QUANT_METHOD_NATIVE if native else layout.QUANT_METHOD
-    if config["quant_method"] != method:
-        yield Finding(path, f"quant_method is {config['quant_method']!r} instead of {method!r}")
-    static = config["activation_scheme"] == "static"
-    names = {t.name for t in component.tensors}
-    for module, (mode, _) in modules.items():
-        if static and mode == layout.W8A8 and module + layout.INPUT_SCALE not in names:
-            yield Finding(path, f"activations are static and {module} has no input_scale")
+    if config["activation_scheme"] == "static":
+        names = {t.name for t in component.tensors}
+        for module, (mode, _) in modules.items():
+            if mode == layout.W8A8 and module + layout.INPUT_SCALE not in names:
+                yield Finding(path, f"activations are static and {module} has no input_scale")
 
 
 def _usable(path: Path, header: Header, scale: TensorInfo) -> bool:
     if scale.dtype != "F32":
-        return True  # reported with its shape
-    fd = open_for_reading(path, str(path))
+        return True  # found with its shape
     try:
-        for start in range(scale.start, scale.end, _SCALE_BYTES_AT_ONCE):
-            data = bytearray(min(_SCALE_BYTES_AT_ONCE, scale.end - start))
-            read_exactly(fd, memoryview(data), header.data_start + start, str(path))
-            values = np.frombuffer(data, np.float32)
-            if not (np.isfinite(values).all() and (values > 0).all()):
-                return False
-        return True
-    finally:
-        os.close(fd)
+        with open(path, "rb") as file:
+            file.seek(header.data_start + scale.start)
+            for start in range(0, scale.nbytes, _SCALE_BYTES_AT_ONCE):
+                values = np.frombuffer(file.read(min(_SCALE_BYTES_AT_ONCE, scale.nbytes - start)), np.float32)
+                if not (np.isfinite(values).all() and (values > 0).all()):
+                    return False
+    except OSError:  # found with its digest
+        pass
+    return True
+
+
+def _original(
+    root: Path, record: Mapping[str, Any], source: str | os.PathLike[str], options: SourceOptions
+) -> Snapshot:
+    """The source, with its files on this machine. Raises ConvertError if the snapshot cannot have come from it."""
+    snapshot = open_source(source, options)
+    stated = _classes(record)
+    given = {c.name: c.class_name for c in snapshot.components}
+    if stated == given:
+        return fetch(snapshot, options)
+    if "" in stated and "" not in given:
+        alike = " or ".join(n for n, class_name in given.items() if class_name == stated[""])
+        raise ConvertError(
+            f"{root} holds one component, and {snapshot.label} is a whole pipeline; pass the folder of that "
+            f"component{f' ({alike})' if alike else ''} as --source."
+        )
+    if "" in given and "" not in stated:
+        raise ConvertError(
+            f"{root} holds a whole pipeline, and {snapshot.label} is one component; pass the pipeline's folder or Hub "
+            "id as --source."
+        )
+    mine, others = (", ".join(f"{n} {c!r:.80}".strip() for n, c in sorted(x.items())) for x in (stated, given))
+    raise ConvertError(
+        f"{root} was made of {mine}, and {snapshot.label} has {others}; pass its own source as --source."
+    )
+
+
+def _classes(record: Mapping[str, Any]) -> dict[str, str | None]:
+    """The components' classes by name, as the record states them."""
+    return {name: entry["class"] for name, entry in record["components"].items()}
+
+
+def _manifest(root: Path, record: Mapping[str, Any], manifest: str | None) -> Manifest:
+    """The manifest that the record names: a shipped one, or the one given."""
+    name = record["recipe"]["manifest"]
+    if manifest is None and name not in shipped():  # a path in a record is not followed
+        raise ConvertError(
+            f"There is no manifest named {name!r:.80} here; pass the one that {root} was converted with."
+        )
+    chosen = load_manifest(manifest or name)
+    if chosen.sha256 != record["recipe"]["manifest_sha256"]:
+        raise ConvertError(
+            f"{root} was converted with another version of the manifest {name!r:.80}; pass that one with --manifest."
+        )
+    return chosen
 
 
 def _compare(
     root: Path,
     record: Mapping[str, Any],
-    source: str | os.PathLike[str],
-    manifest: str | None,
-    options: SourceOptions,
+    snapshot: Snapshot,
+    manifest: Manifest,
+    damaged: Collection[str],
     progress: Progress,
 ) -> Iterator[Finding]:
-    """Convert the source again in memory and compare header, codes and scales."""
-    snapshot = fetch(open_source(source, options), options)
-    plan = make_plan(snapshot, _recipe(root, record, manifest))
+    """Convert the source again in memory and compare header, codes and scales; files in `damaged` have a finding."""
+    try:
+        plan = make_plan(snapshot, _recipe(root, record, manifest))
+    except ConvertError as error:
+        yield Finding(".", f"cannot be compared with its source: {error}")
+        return
     progress.start(plan.bytes_to_read)
     with Engine(workers=max(1, (os.cpu_count() or 2) - 1)) as engine:
         for shard in plan.shards:
             if shard.path not in record["shards"]:
                 yield Finding(shard.path, "is missing, though the source gives it")
-                continue
-            yield from _compare_shard(root, shard, plan, engine)
+            elif (root / shard.path).is_file():
+                try:
+                    yield from _compare_shard(root, shard, plan, engine, shard.path in damaged)
+                except ConvertError as error:
+                    yield Finding(shard.path, f"cannot be compared with its source: {error}")
             progress.advance(shard.source.size)
     progress.close()
     for path in sorted(set(record["shards"]) - {s.path for s in plan.shards}):
         yield Finding(path, "is not what the source gives")
     for path, data in plan.files.items():
-        if not (root / path).is_file() or (root / path).read_bytes() != data:
+        if path not in damaged and (not (root / path).is_file() or (root / path).read_bytes() != data):
             yield Finding(path, "differs from what the source gives")
 
 
-def _compare_shard(root: Path, shard: ShardPlan, plan: Plan, engine: Engine) -> Iterator[Finding]:
+def _compare_shard(root: Path, shard: ShardPlan, plan: Plan, engine: Engine, damaged: bool) -> Iterator[Finding]:
     fd = open_for_reading(root / shard.path, shard.path)
     try:
-        header = bytearray(len(shard.header))
+        size = os.fstat(fd).st_size
+        header = bytearray(min(size, len(shard.header)))
         read_exactly(fd, memoryview(header), 0, shard.path)
         if header != shard.header:
-            yield Finding(shard.path, "has another header than the source gives")
-            return
+            if not damaged:
+                yield Finding(shard.path, "has another header than the source gives")
+            if size != shard.size:  # the data need not lie where the plan has them
+                return
         siblings = [s for s in plan.shards if s.component == shard.component]
         amaxes = measure(siblings, shard.schedule.measured, engine)
-        position = len(header)
+        position = len(shard.header)
         wrong: dict[str, None] = {}
         for chunk in stream_shard(shard, engine, amaxes=amaxes, input_scales=plan.input_scales):
             written = torch.empty(chunk.data.numel(), dtype=torch.uint8)
-            read_exactly(fd, written.numpy().data, position, shard.path)
-            position += chunk.data.numel()
-            if not torch.equal(written, chunk.data):
+            whole = position + len(written) <= size
+            if whole:
+                read_exactly(fd, written.numpy().data, position, shard.path)
+            position += len(written)
+            if not (whole and torch.equal(written, chunk.data)):
                 wrong[chunk.name] = None
         for name in wrong:
             yield Finding(shard.path, f"{name} differs from what the source gives")
@@ -272,22 +405,16 @@ def _compare_shard(root: Path, shard: ShardPlan, plan: Plan, engine: Engine) -> 
         os.close(fd)
 
 
-def _recipe(root: Path, record: Mapping[str, Any], manifest: str | None) -> Recipe:
+def _recipe(root: Path, record: Mapping[str, Any], manifest: Manifest) -> Recipe:
     """The recipe that the record states."""
     stated = record["recipe"]
-    chosen = load_manifest(manifest or stated["manifest"])
-    if chosen.sha256 != stated["manifest_sha256"]:
-        raise ConvertError(
-            f"{root} was converted with another version of the manifest {stated['manifest']}; pass that one with "
-            "--manifest."
-        )
     block = stated["weight_block_size"]
     return Recipe(
-        manifest=chosen,
+        manifest=manifest,
         ignored_layers=tuple(stated["ignored_layers"]),
         components=tuple(stated["components"]),
         compact=stated["compact"],
-        block=tuple(block) if block else None,
+        block=(block[0], block[1]) if block else None,
         activation_scheme=stated["activation_scheme"],
         input_scales=_stored_input_scales(root, record) if stated["input_scales_sha256"] else None,
     )

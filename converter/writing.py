@@ -1,8 +1,8 @@
 """Writing one output file so that it can be trusted: preallocated, hashed, synced, read back, then renamed.
 
-Bytes are appended. A background thread hashes and writes them in pieces of STAGING_BYTES, past the page cache
-where the file system allows it (O_DIRECT), so that a conversion neither waits for write-back nor evicts what others
-cached. Another one syncs and reads back every CHECK_BYTES behind it, so that little is left to check at the end.
+Bytes are appended. Background threads write and hash them in pieces of STAGING_BYTES, past the page cache where the
+file system allows it (O_DIRECT), so that a conversion neither waits for write-back nor evicts what others cached.
+Another one syncs and reads back every CHECK_BYTES behind them, so that little is left to check at the end.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .errors import ConvertError, ResumableError
 
 STAGING_BYTES = 8 * 1024 * 1024
 CHECK_BYTES = 128 * 1024 * 1024
+_READ_BYTES = 4 * 1024 * 1024
 _SECTOR = 4096
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
 
@@ -41,6 +42,7 @@ class FileWriter:
         self._staging = [mmap.mmap(-1, STAGING_BYTES), mmap.mmap(-1, STAGING_BYTES)]
         self._under_way: Future[None] | None = None
         self._executor = ThreadPoolExecutor(1, "fp8-write")
+        self._hasher = ThreadPoolExecutor(1, "fp8-hash")
         self._checker = ThreadPoolExecutor(1, "fp8-check")
         self._checks: list[Future[None]] = []
         self._fd = self._check_fd = -1
@@ -63,7 +65,7 @@ class FileWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for executor in (self._executor, self._checker):
+        for executor in (self._executor, self._hasher, self._checker):
             executor.shutdown(wait=True, cancel_futures=True)
         for fd in (self._fd, self._check_fd):
             if fd >= 0:
@@ -132,16 +134,22 @@ class FileWriter:
 
     def _write(self, staging: mmap.mmap, length: int, position: int) -> None:
         with memoryview(staging) as view, view[:length] as data:
-            self._hash.update(data)
-            if length % _SECTOR:
-                _set_direct(self._fd, False)  # the last piece: direct writes come in whole sectors
-            done = 0
-            while done < length:
-                try:
-                    done += os.pwrite(self._fd, data[done:], position + done)
-                except OSError as error:
-                    if error.errno != errno.EINVAL or not _set_direct(self._fd, False):
-                        raise
+            hashed = self._hasher.submit(self._hash.update, data)  # while the disk writes
+            try:
+                self._write_out(data, position)
+            finally:
+                hashed.result()
+
+    def _write_out(self, data: memoryview, position: int) -> None:
+        if len(data) % _SECTOR:
+            _set_direct(self._fd, False)  # the last piece: direct writes come in whole sectors
+        done = 0
+        while done < len(data):
+            try:
+                done += os.pwrite(self._fd, data[done:], position + done)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not _set_direct(self._fd, False):
+                    raise
 
     def _check(self, stop: int) -> None:
         """Make the file safe on the disk and read it back up to `stop`."""
@@ -172,20 +180,25 @@ class _ReadBack:
         """Go on to byte `stop`: a multiple of a sector, or the file's size. Stops early at the file's end."""
         start = self._position
         _drop(self._fd, start, stop)
-        view = memoryview(mmap.mmap(-1, STAGING_BYTES))  # aligned, as direct reads need it
-        while self._position < stop:
-            wanted = -(-(stop - self._position) // _SECTOR) * _SECTOR  # direct reads come in whole sectors
+        reading, hashing = (memoryview(mmap.mmap(-1, _READ_BYTES)) for _ in range(2))  # aligned, for direct reads
+        hashed: Future[None] | None = None
+        with ThreadPoolExecutor(1, "fp8-hash") as hasher:
+            while self._position < stop and (count := self._read(reading, stop)):
+                if hashed is not None:
+                    hashed.result()  # before the next read goes into its buffer
+                hashed = hasher.submit(self.digest.update, reading[:count])
+                reading, hashing = hashing, reading
+                self._position += count
+        _drop(self._fd, start, stop)
+
+    def _read(self, view: memoryview, stop: int) -> int:
+        wanted = -(-(stop - self._position) // _SECTOR) * _SECTOR  # direct reads come in whole sectors
+        while True:
             try:
-                count = os.preadv(self._fd, [view[:wanted]], self._position)
+                return os.preadv(self._fd, [view[:wanted]], self._position)
             except OSError as error:
                 if error.errno != errno.EINVAL or not _set_direct(self._fd, False):
                     raise
-                continue
-            if count == 0:
-                break
-            self.digest.update(view[:count])
-            self._position += count
-        _drop(self._fd, start, stop)
 
 
 def file_sha256(fd: int) -> str:

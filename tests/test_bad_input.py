@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from fp8_convert.converter import convert, verify
 from fp8_convert.converter.cli import main
 from pipelines import copied, saved
 from safetensors.torch import load_file, save_file
@@ -652,3 +653,23 @@ def test_as_a_process(source: Path, output: Path) -> None:
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout) == (1, "")
     checked(run.stderr, "layers.1.feed_forward.w2.weight", "repair the weight")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [5, ["a\0b"], {"": {}}, {"transformer": {}}, {"n" * 5000: {}}, {"../kept.json": {}}, {"link/kept.json": {}}],
+    ids=str,
+)
+def test_a_forged_record_is_replaced_and_deletes_nothing_else(tmp_path: Path, files: Any) -> None:
+    output = tmp_path / "out"
+    convert(saved("z_image"), output, components=["transformer"])
+    for kept in (tmp_path / "kept.json", tmp_path / "elsewhere" / "kept.json"):
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text("{}")
+    (output / "link").symlink_to(tmp_path / "elsewhere")
+    (output / "fp8_convert.json").write_text(json.dumps({"files": files}))
+    convert(saved("z_image"), output, force=True)
+    (output / "link").unlink()
+    assert verify(output).ok
+    assert (tmp_path / "kept.json").exists()
+    assert (tmp_path / "elsewhere" / "kept.json").exists()

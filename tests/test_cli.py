@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
+import signal
+import subprocess
+import sysconfig
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from fp8_convert.converter import inspect, plan_conversion
+from fp8_convert.converter import convert, inspect, plan_conversion
 from fp8_convert.converter.cli import main
+from fp8_convert.converter.demo import build_tiny_pipeline
 from fp8_convert.converter.manifest import shipped
 from fp8_convert.converter.plan import Plan, rows
 from fp8_convert.converter.progress import Lines, Silent
@@ -19,6 +25,7 @@ from fp8_convert.converter.render import render_inspection, render_manifests, re
 from pipelines import copied, saved
 from safetensors.torch import load_file, save_file
 
+COMMAND = Path(sysconfig.get_path("scripts"), "fp8-convert")
 DIT = "transformer/diffusion_pytorch_model.safetensors"
 OPTIONS = [
     "--output", "--dry-run", "--json", "--quantization", "--manifest", "--ignored-layers", "--component", "--compact",
@@ -212,6 +219,27 @@ def component(found: Any, name: str) -> Any:
     return next(c for c in found["components"] if c["name"] == name)
 
 
+@pytest.mark.parametrize("name", ["wan22", "z_image", "qwen_image"])
+def test_reasons_count_the_tensors_of_their_row(name: str, tmp_path: Path) -> None:
+    run(saved(name), "-o", tmp_path / "out", "--ignored-layers", "to_q")
+    found = json.loads(run("inspect", tmp_path / "out", "--json").stdout)
+    for shown in found["components"]:
+        rows = [g for g in shown["groups"] if g["what"] == "kept"]
+        for row in rows:
+            counts = [int(n) for n in re.findall(r" \((\d+)\)(?:; |$)", row["why"])]
+            assert row["why"]
+            assert sum(counts) == (row["tensors"] if shown["quant_method"] else 0), row  # none: kept as a whole
+
+
+def test_reasons_tell_dtypes_apart(tmp_path: Path) -> None:
+    """A kind that the class keeps in FP32 in part, and rules keep in part."""
+    run(saved("wan22"), "-o", tmp_path / "out")
+    found = json.loads(run("inspect", tmp_path / "out", "--json").stdout)
+    rows = component(found, "transformer")["groups"]
+    kept = {g["dtype"]: g["why"] for g in rows if (g["what"], g["kind"]) == ("kept", "Linear")}
+    assert kept == {"BF16": "condition_embedder (3); proj_out (1)", "F32": "_keep_in_fp32_modules (2)"}
+
+
 def test_inspect_lone_component(converted: Path) -> None:
     found = json.loads(run("inspect", converted / "transformer", "--json").stdout)
     assert found["converted_by"] == "fp8-convert; fp8_convert.json is not here"
@@ -305,6 +333,34 @@ def test_manifests() -> None:
     assert {"Qwen/Qwen-Image-Layered", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"} <= repos
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_demo_replaces_nothing_but_a_demo(converted: Path, tmp_path: Path) -> None:
+    before = contents(converted)
+    result = run("demo", "-o", converted, code=1)
+    assert result.stderr == (
+        f"error: {converted} holds an FP8 snapshot that is not the demo's; name another folder with -o.\n"
+    )
+    assert contents(converted) == before
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.txt").write_text("kept")
+    assert "choose another folder" in run("demo", "-o", tmp_path / "foreign", code=1).stderr
+    assert contents(tmp_path / "foreign") == {"thesis.txt": b"kept"}
+
+
+def test_demo_knows_its_folder_until_another_snapshot_replaces_it(tmp_path: Path) -> None:
+    build_tiny_pipeline(tmp_path / "tiny", seed=1)
+    convert(tmp_path / "tiny", tmp_path / "out")
+    assert "with random weights" in (tmp_path / "out" / "README.md").read_text()
+    run("demo", "-o", tmp_path / "out")
+    run(saved("z_image"), "-o", tmp_path / "out", "--force")
+    before = contents(tmp_path / "out")
+    assert "not the demo's" in run("demo", "-o", tmp_path / "out", code=1).stderr
+    assert contents(tmp_path / "out") == before
+
+
 def test_a_manifest_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(
@@ -351,3 +407,56 @@ def test_variant(tmp_path: Path) -> None:
     assert "--variant fp16" in run(source, "-o", tmp_path / "out", code=1).stderr
     run(source, "-o", tmp_path / "out", "--variant", "fp16")
     assert (tmp_path / "out" / DIT).is_file()
+
+
+# The process itself
+
+
+def started(command: list[str | Path]) -> subprocess.Popen[str]:
+    """The command as it imports PyTorch."""
+    environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}  # imports are told on stderr
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, env=environment
+    )
+    assert process.stderr is not None
+    while "| " in (line := process.stderr.readline()):
+        if "torch" in line:
+            return process
+    raise AssertionError(f"PyTorch was not imported: {line}")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signals_while_pytorch_is_imported(signum: signal.Signals) -> None:
+    process = started([COMMAND, "manifests"])
+    process.send_signal(signum)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "stopped; run the same command again."
+    assert "Traceback" not in errors
+    assert said == ""
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    process = started(["sh", "-c", 'trap "" INT; exec "$0" manifests', COMMAND])
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "z-image" in said
+
+
+def test_a_command_leaves_the_handlers_of_signals() -> None:
+    before = {n: signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        run("inspect", saved("z_image"))
+        assert {signal.getsignal(n) for n in before} == {signal.SIG_DFL}
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_version_does_not_wait_for_pytorch() -> None:
+    environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
+    done = subprocess.run([COMMAND, "--version"], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == run("--version").stdout
+    assert "importlib" in done.stderr
+    assert "torch" not in done.stderr

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fp8_convert.converter import convert
+from fp8_convert.converter import convert, verify
 from fp8_convert.converter.modules import quiet_libraries
 from pipelines import copied, saved
 from safetensors import safe_open
@@ -24,6 +24,11 @@ CONVERSIONS: list[tuple[str, dict[str, Any], dict[str, tuple[str, list[int] | No
     ("z_image", {"compact": True}, {"transformer": ("fp8_convert", None), "text_encoder": ("fp8", BLOCK)}),
     ("z_image", {"weight_block_size": (128, 128)}, {"transformer": ("fp8", BLOCK), "text_encoder": ("fp8", BLOCK)}),
     ("z_image", {"components": ["transformer"]}, {"transformer": ("fp8", None)}),
+    (  # nothing is left for W8A8: what is only stored must not be taken for it
+        "qwen_image",
+        {"components": ["transformer"], "compact": True, "ignored_layers": ["attn", "net"]},
+        {"transformer": ("fp8_convert", None)},
+    ),
     (
         "qwen_image",
         {},
@@ -48,6 +53,7 @@ def test_config_gains_the_contracts_keys_and_nothing_else(
 ) -> None:
     source, output = saved(name), tmp_path / "out"
     convert(source, output, **options)
+    assert verify(output).ok
     for folder in (p for p in source.iterdir() if p.is_dir()):
         if folder.name not in expected:
             for file in folder.iterdir():

@@ -23,6 +23,8 @@ from typing import Any
 
 import pytest
 from fp8_convert.converter import ConvertError, ResumableError, convert, verify
+from fp8_convert.converter.plan import ShardPlan
+from fp8_convert.converter.stream import Chunk, stream_shard
 from fp8_convert.converter.target import STAGING, Target, open_target
 from pipelines import copied, saved
 
@@ -384,6 +386,22 @@ def test_a_lock_that_its_holder_removed_is_not_taken(tmp_path: Path, monkeypatch
         open_target(tmp_path / "out", force=False)
 
 
+def test_a_source_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path) -> None:
+    changing, output = copied(source, tmp_path / "source"), tmp_path / "out"
+
+    def touching(shard: ShardPlan, *arguments: Any, **settings: Any) -> Iterator[Chunk]:
+        yield from stream_shard(shard, *arguments, **settings)
+        if shard.path.startswith("transformer/") and shard.source.local is not None:
+            os.utime(shard.source.local, ns=(1, 1))
+
+    with monkeypatch.context() as touched:
+        touched.setattr(sys.modules["fp8_convert.converter.convert"], "stream_shard", touching)
+        with pytest.raises(ResumableError, match=r"transformer/.* changed while it was read; run again"):
+            convert(changing, output)
+    convert(changing, output)
+    assert verify(output, source=changing).ok
+
+
 def test_another_recipe_is_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path) -> None:
     output = tmp_path / "out"
     interrupted(source, output, monkeypatch)
@@ -507,7 +525,7 @@ def test_a_disk_that_fills_up_midway(
     source: Path, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A real ENOSPC: the check beforehand is told that there is room."""
-    monkeypatch.setattr("fp8_convert.converter.target._SPARE_BYTES", -(1 << 40))
+    monkeypatch.setattr("fp8_convert.converter.space._SPARE_BYTES", -(1 << 40))
     with pytest.raises(ResumableError, match="No space left on device"):
         convert(source, small_disk / "out")
     assert not (small_disk / "out" / "model_index.json").exists()

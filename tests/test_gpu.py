@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fp8_convert.converter import ConvertError, convert, verify
-from fp8_convert.converter.quantize import TensorQuantizer, amax, quantize_blocks, tensor_scale
+from fp8_convert.converter.quantize import amax, quantize_blocks, quantize_tensor, tensor_scale
 from pipelines import saved
 from safetensors.torch import save_file
 
@@ -52,8 +52,8 @@ def test_every_code_on_cuda(dtype: torch.dtype, scale: float) -> None:
         values = torch.arange(65_536, dtype=torch.int32).to(torch.uint16).view(dtype)
     values = values[values.isfinite()].repeat(2)
     factor = np.float32(scale)
-    on_cpu = TensorQuantizer(factor, dtype, values.numel(), CPU).codes(values)
-    on_cuda = TensorQuantizer(factor, dtype, values.numel(), CUDA).codes(values.to(CUDA))
+    on_cpu = quantize_tensor(values, factor)
+    on_cuda = quantize_tensor(values.to(CUDA), factor)
     assert torch.equal(on_cpu, on_cuda.cpu())
     assert amax(values) == amax(values.to(CUDA))
 

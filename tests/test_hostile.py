@@ -7,6 +7,7 @@ raises ConvertError, and never anything else. FP8_CONVERT_FUZZ=N sets the number
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -18,7 +19,12 @@ from typing import Any
 
 import pytest
 from fp8_convert.converter import ConvertError, convert, inspect, plan_conversion, verify
+from fp8_convert.converter.layout import encode_json
+from fp8_convert.converter.locate import SourceOptions
 from fp8_convert.converter.manifest import parse_manifest
+from fp8_convert.converter.record import seal
+from fp8_convert.converter.render import render_inspection, render_verification
+from fp8_convert.loader.checkpoint import LoadError, check_record, fp8_modules, open_snapshot
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pipelines import saved
@@ -112,6 +118,49 @@ def works_or_says(action: Callable[[], Any]) -> None:
     assert len(message) < 2000
 
 
+def is_clean(text: str) -> bool:
+    return all(line.isprintable() for line in text.split("\n"))
+
+
+def looked_at(folder: Path, source: Path | None = None) -> None:
+    """Show a converted snapshot in every way."""
+
+    def inspected() -> None:
+        inspection = inspect(folder)
+        json.dumps(inspection.to_json())
+        assert is_clean(render_inspection(inspection))
+
+    def verified() -> None:
+        verification = verify(folder, source=source)
+        json.dumps(verification.to_json())
+        assert is_clean(render_verification(verification))
+        assert all(len(f.path) + len(f.problem) < 2000 for f in verification.findings)
+
+    works_or_says(inspected)
+    works_or_says(verified)
+
+
+def resealed(record: Any) -> bytes:
+    """A record as its forger would write it: its seal fits."""
+    if not isinstance(record, dict):
+        return json.dumps(record).encode()
+    record = seal({k: v for k, v in record.items() if k != "record_sha256"})
+    try:
+        return encode_json(record)
+    except UnicodeEncodeError:  # half a surrogate pair: only an escape can write it
+        return json.dumps(record).encode()
+
+
+def forged(folder: Path, path: str, data: bytes) -> None:
+    """Put another file into a converted snapshot, and its size and digest into the record."""
+    replaced(folder, path, data)
+    record = json.loads((folder / "fp8_convert.json").read_text())
+    for entries in (record["files"], record["shards"]):
+        if path in entries:
+            entries[path] |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    replaced(folder, "fp8_convert.json", resealed(record))
+
+
 @pytest.fixture(scope="module")
 def sharded() -> Path:
     return saved("z_image", max_shard_size="2MB")
@@ -186,6 +235,84 @@ def test_converted_snapshots(snapshot: Path, path: str) -> None:
         replaced(snapshot / "s", path, data)
         works_or_says(lambda: inspect(snapshot / "s"))
         works_or_says(lambda: verify(snapshot / "s"))
+
+    run()
+
+
+@pytest.fixture(scope="module")
+def converted(sharded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two shards of FP8 linears and a copied text encoder."""
+    folder = tmp_path_factory.mktemp("hostile") / "converted"
+    convert(sharded, folder, components=["transformer"])
+    return folder
+
+
+def test_resealed_records(converted: Path, sharded: Path, snapshot: Path) -> None:
+    document = json.loads((converted / "fp8_convert.json").read_text())
+    link_copy(converted, snapshot / "s")
+
+    @fuzzed
+    @given(data=changes(document), against_source=st.integers(0, 9).map(lambda n: n == 0))
+    def run(data: bytes, against_source: bool) -> None:
+        with contextlib.suppress(ValueError):
+            data = resealed(json.loads(data))
+        replaced(snapshot / "s", "fp8_convert.json", data)
+        looked_at(snapshot / "s", sharded if against_source else None)
+        works_or_says(lambda: loaded(snapshot / "s"))
+
+    run()
+
+
+def loaded(folder: Path) -> None:
+    """What the loader reads of a snapshot beside its weights."""
+    component = next(c for c in open_snapshot(folder, SourceOptions()).components if c.name == "transformer")
+    with contextlib.suppress(LoadError):
+        check_record(folder, component, fp8_modules(component))
+
+
+@pytest.mark.parametrize("path", ["quantization_config", "transformer/config.json", FILES[0], FILES[3]])
+def test_forged_files(converted: Path, snapshot: Path, path: str) -> None:
+    """Files that have the digest of a record that has its seal: nothing but the checks themselves stands in the way."""
+    of_config = path == "quantization_config"
+    path = "transformer/config.json" if of_config else path
+    document = json.loads((converted / path).read_text())
+    kept = {k: v for k, v in document.items() if k != "quantization_config"} if of_config else {}
+    document = {k: v for k, v in document.items() if k not in kept}
+
+    @fuzzed
+    @given(data=changes(document))
+    def run(data: bytes) -> None:
+        if kept:
+            with contextlib.suppress(ValueError, TypeError):
+                data = json.dumps({**kept, **json.loads(data)}).encode()
+        link_copy(converted, snapshot / "s")
+        forged(snapshot / "s", path, data)
+        looked_at(snapshot / "s")
+
+    run()
+
+
+@pytest.mark.parametrize("part", ["modules", "tensors"])
+def test_forged_headers(converted: Path, snapshot: Path, part: str) -> None:
+    path = min(converted.glob("transformer/*.safetensors")).relative_to(converted).as_posix()
+    whole = (converted / path).read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    modules = json.loads(header["__metadata__"]["fp8_convert"])
+    few = {name: header[name] for name in list(header)[1:7]}
+
+    @fuzzed
+    @given(data=changes(modules if part == "modules" else few))
+    def run(data: bytes) -> None:
+        if part == "modules":
+            metadata = {**header["__metadata__"], "fp8_convert": data.decode(errors="replace")}
+            data = json.dumps({**header, "__metadata__": metadata}).encode()
+        else:
+            with contextlib.suppress(ValueError, TypeError):
+                data = json.dumps({**header, **json.loads(data)}).encode()
+        link_copy(converted, snapshot / "s")
+        forged(snapshot / "s", path, len(data).to_bytes(8, "little") + data + whole[8 + length :])
+        looked_at(snapshot / "s")
 
     run()
 

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
-from fp8_convert.converter import ResumableError, convert, plan_conversion, verify
+from fp8_convert.converter import ConvertError, ResumableError, convert, plan_conversion, space, verify
 from fp8_convert.converter.cli import main
 from fp8_convert.converter.demo import build_tiny_pipeline
+from fp8_convert.converter.hub import HubFiles
 from fp8_convert.converter.locate import SourceOptions
 from fp8_convert.converter.progress import Silent
 from hub_server import Fault, HubServer, running_hub
 from pipelines import saved
+from safetensors.torch import load_file, save_file
 
 REPO = "Tongyi-MAI/Z-Image-Turbo"
 
@@ -229,6 +233,54 @@ def test_stream_keeps_to_its_commit(hub: HubServer, tiny: Path, tmp_path: Path) 
     convert(REPO, tmp_path / "out", stream=True)
     assert hub.commit(REPO) != json.loads((tmp_path / "out" / "fp8_convert.json").read_text())["source"]["commit"]
     assert verify(tmp_path / "out", source=tiny).ok
+
+
+def test_an_error_stops_the_download_that_is_under_way(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "broken"
+    build_tiny_pipeline(broken)
+    path = broken / "text_encoder" / "model.safetensors"
+    weights = load_file(path)
+    weights["layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+    hub.add_repo(REPO, broken)
+    arrived: list[str] = []
+    download = HubFiles.download_into
+
+    def slow(files: HubFiles, path: str, folder: Path, stopped: threading.Event) -> Path:
+        if not path.startswith("text_encoder/"):
+            stopped.wait(30)
+        local = download(files, path, folder, stopped)
+        arrived.append(path)
+        return local
+
+    monkeypatch.setattr(HubFiles, "download_into", slow)
+    with pytest.raises(ConvertError, match="holds NaN or Inf"):
+        convert(REPO, tmp_path / "out", stream=True)
+    assert arrived == ["text_encoder/model.safetensors"]
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("fp8-")]
+    assert not (tmp_path / "out").exists()
+
+
+def test_room_for_the_download_is_checked(
+    hub: HubServer, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add_repo(REPO, tiny)
+    plan = plan_conversion(REPO)
+    room = plan.bytes_to_write + plan.bytes_to_read // 2
+    monkeypatch.setattr(space, "_SPARE_BYTES", 0)
+    monkeypatch.setattr(space, "_two_largest", lambda plan: 0)
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=room))
+        with pytest.raises(ConvertError, match=r"the download takes 0.01 GB .* or pass --stream"):
+            convert(REPO, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        assert not list((tmp_path / "home").rglob("*.safetensors"))
+        convert(REPO, tmp_path / "out", stream=True)
+    convert(REPO, tmp_path / "again")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=plan.bytes_to_write))
+    convert(REPO, tmp_path / "from-the-cache")  # nothing is left to download
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Codes and scales against golden bit patterns and against `reference`, for every value that 16 bits can hold."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,25 @@ import numpy.typing as npt
 import pytest
 import reference
 import torch
-from fp8_convert.converter import quantize
-from fp8_convert.converter.quantize import TensorQuantizer
+from fp8_convert.converter import native, quantize
 from hypothesis import given
 from hypothesis import strategies as st
 
 GOLDEN: dict[str, list[list[str]]] = json.loads((Path(__file__).parent / "golden_e4m3.json").read_text())
-CPU = torch.device("cpu")
 EVERY_CODE = np.arange(65_536, dtype="<u2")
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-TABLE, NO_TABLE = 65_536, 1  # a tensor's element count decides whether its codes come from a table
 AMAXES = [2.0**-149, 2.0**-133, 448 * 2.0**-126, 6e-8, 1e-5, 0.0123, 1.0, 448.0, 65504.0, 3e38]
+
+
+@pytest.fixture(params=["compiled", "torch"], autouse=True)
+def _arithmetic(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test runs with the compiled code and with torch's, which must give the same bits."""
+    if request.param == "compiled" and not native.compiled():
+        pytest.skip("no C compiler was here when the package was installed")
+    with pytest.MonkeyPatch.context() as patched:
+        if request.param == "torch":
+            patched.setattr(native, "_library", None)
+        yield
 
 
 def golden(start: str) -> list[list[str]]:
@@ -36,8 +45,8 @@ def tensor_of(dtype: str, bits: npt.NDArray[Any]) -> torch.Tensor:
     return torch.frombuffer(bytearray(bits.tobytes()), dtype=integer).view(DTYPES[dtype])
 
 
-def codes_of(x: torch.Tensor, scale: np.float32, numel: int) -> npt.NDArray[np.uint8]:
-    return TensorQuantizer(scale, x.dtype, numel, CPU).codes(x).numpy()
+def codes_of(x: torch.Tensor, scale: np.float32) -> npt.NDArray[np.uint8]:
+    return quantize.quantize_tensor(x, scale).numpy()
 
 
 def finite_codes(dtype: str) -> npt.NDArray[np.uint16]:
@@ -51,7 +60,7 @@ def finite_codes(dtype: str) -> npt.NDArray[np.uint16]:
 def test_golden_codes(value: str, code: str, why: str) -> None:
     x = np.array([float.fromhex(value)], np.float32)
     assert reference.encode(x).tolist() == [int(code, 16)], why
-    assert codes_of(torch.from_numpy(x), np.float32(1), NO_TABLE).tolist() == [int(code, 16)], why
+    assert codes_of(torch.from_numpy(x), np.float32(1)).tolist() == [int(code, 16)], why
 
 
 @pytest.mark.parametrize(("amax", "scale", "why"), golden("scales per tensor"))
@@ -74,28 +83,26 @@ def test_codes_come_from_the_reciprocal(amax: str, weight: str, code: str, divid
     bits = np.array([int(weight, 16)], "<u2")
     scale = quantize.tensor_scale(float(reference.floats("BF16", np.array([int(amax, 16)], "<u2").tobytes())[0]))
     assert reference.encode(reference.floats("BF16", bits.tobytes()) / scale).tolist() == [int(divided, 16)]
-    for numel in (TABLE, NO_TABLE):
-        assert codes_of(tensor_of("BF16", bits), scale, numel).tolist() == [int(code, 16)]
+    assert codes_of(tensor_of("BF16", bits), scale).tolist() == [int(code, 16)]
 
 
 def test_every_code_decodes_to_itself() -> None:
     codes = [code for code in range(256) if code & 0x7F != 0x7F]
     values = np.array([reference.decode(code) for code in codes], np.float32)
     assert reference.encode(values).tolist() == codes
-    assert codes_of(torch.from_numpy(values), np.float32(1), NO_TABLE).tolist() == codes
+    assert codes_of(torch.from_numpy(values), np.float32(1)).tolist() == codes
 
 
 # Every 16-bit value, per tensor
 
 
-@pytest.mark.parametrize("numel", [TABLE, NO_TABLE], ids=["table", "arithmetic"])
 @pytest.mark.parametrize("amax", AMAXES, ids=str)
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
-def test_every_16_bit_value_at_several_scales(dtype: str, amax: float, numel: int) -> None:
+def test_every_16_bit_value_at_several_scales(dtype: str, amax: float) -> None:
     bits = finite_codes(dtype)
     scale = quantize.tensor_scale(amax)
     wanted = reference.quantize(reference.floats(dtype, bits.tobytes()), scale)
-    np.testing.assert_array_equal(codes_of(tensor_of(dtype, bits), scale, numel), wanted)
+    np.testing.assert_array_equal(codes_of(tensor_of(dtype, bits), scale), wanted)
 
 
 @pytest.mark.parametrize("limit", [2.0**-140, 1e-6, 0.25, 3.0, 1e4, np.inf], ids=str)
@@ -110,18 +117,17 @@ def test_every_value_up_to_a_limit_under_its_own_scale(dtype: str, limit: float)
     assert largest == np.abs(values).max()
     scale = quantize.tensor_scale(largest)
     assert scale.tobytes() == reference.tensor_scale(np.abs(values).max()).tobytes()
-    np.testing.assert_array_equal(codes_of(x, scale, TABLE), reference.quantize(values, scale))
+    np.testing.assert_array_equal(codes_of(x, scale), reference.quantize(values, scale))
 
 
-@pytest.mark.parametrize("numel", [TABLE, NO_TABLE], ids=["table", "arithmetic"])
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
-def test_codes_may_replace_their_source(dtype: str, numel: int) -> None:
+def test_codes_may_replace_their_source(dtype: str) -> None:
     """In place, over more elements than are worked on at a time."""
     count = 2 * quantize._CHUNK + 77
     x = torch.randn(count, generator=torch.Generator().manual_seed(1)).to(DTYPES[dtype])
-    quantizer = TensorQuantizer(quantize.tensor_scale(quantize.amax(x)), x.dtype, numel, CPU)
-    wanted = quantizer.codes(x).clone()
-    assert torch.equal(quantizer.codes(x, x.view(torch.uint8)[:count]), wanted)
+    scale = quantize.tensor_scale(quantize.amax(x))
+    wanted = quantize.quantize_tensor(x, scale).clone()
+    assert torch.equal(quantize.quantize_tensor(x, scale, x.view(torch.uint8)[:count]), wanted)
     assert torch.equal(x.view(torch.uint8)[:count], wanted)
 
 
@@ -132,7 +138,7 @@ def test_any_float32(bits: list[int], amax: float) -> None:
     for largest in (np.float32(amax), np.abs(x).max(initial=np.float32(0))):
         scale = quantize.tensor_scale(float(largest))
         wanted = reference.quantize(x, reference.tensor_scale(largest))
-        np.testing.assert_array_equal(codes_of(torch.from_numpy(x.copy()), scale, NO_TABLE), wanted)
+        np.testing.assert_array_equal(codes_of(torch.from_numpy(x.copy()), scale), wanted)
 
 
 # amax

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from fp8_convert.converter.errors import ResumableError
 from fp8_convert.converter.writing import FileWriter, file_sha256, write_small
 
 S = writing.STAGING_BYTES
+REAL_SHA256 = hashlib.sha256
 SIZES = [0, 1, 4095, 4096, 4097, S - 1, S, S + 1, 2 * S + 5000]
 
 
@@ -156,3 +158,24 @@ def test_file_sha256(tmp_path: Path, size: int) -> None:
     (tmp_path / "x").write_bytes(content(size))
     with open(tmp_path / "x", "rb") as file:
         assert file_sha256(file.fileno()) == hashlib.sha256(content(size)).hexdigest()
+
+
+class SlowHash:
+    """sha256 that falls behind the disk: what it has not yet taken must not be overwritten."""
+
+    def __init__(self) -> None:
+        self._real = REAL_SHA256()
+
+    def update(self, data: memoryview) -> None:
+        time.sleep(0.03)
+        self._real.update(data)
+
+    def hexdigest(self) -> str:
+        return self._real.hexdigest()
+
+
+def test_a_hash_slower_than_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = content(3 * S + 999)
+    monkeypatch.setattr("fp8_convert.converter.writing.hashlib.sha256", SlowHash)
+    assert write(tmp_path / "x", data, S // 2) == REAL_SHA256(data).hexdigest()
+    assert (tmp_path / "x").read_bytes() == data
