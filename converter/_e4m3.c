@@ -20,10 +20,13 @@ static inline uint32_t bits_of(float value) { uint32_t bits; memcpy(&bits, &valu
 static inline float from_f32(uint32_t bits) { return float_of(bits); }
 static inline float from_bf16(uint16_t bits) { return float_of((uint32_t)bits << 16); }
 
-/* Finite values only. The multiplication mends the exponent's bias, for subnormals too. */
+/* Finite values only. Subnormals are counts of 2^-24, the units of the floats from 1/2 on; no float32 subnormal is made,
+ * which a process may have told the CPU to take for zero.
+ */
 static inline float from_f16(uint16_t bits) {
-    float magnitude = float_of((uint32_t)(bits & 0x7fff) << 13) * 0x1p112f;
-    return float_of(bits_of(magnitude) | (uint32_t)(bits & 0x8000) << 16);
+    uint32_t magnitude = bits & 0x7fff, subnormal = -(uint32_t)(magnitude < 0x400);
+    uint32_t small = bits_of(float_of(0x3f000000 | magnitude) - 0.5f), normal = (magnitude << 13) + 0x38000000;
+    return float_of((small & subnormal) | (normal & ~subnormal) | (uint32_t)(bits & 0x8000) << 16);
 }
 
 /* The nearest E4M3 code of a float that is not NaN: ties to even, +-448 for all that is larger. Around y the codes are

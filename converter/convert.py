@@ -162,9 +162,11 @@ def convert(
     for note in plan.notes:
         progress.say(f"note: {note}")
     if engine.device.type == "cpu" and not native.compiled():
-        progress.say("note: no C compiler was there when fp8-convert was installed, so the CPU takes longer")
+        progress.say("note: fp8-convert's compiled code is missing; install it anew beside a C compiler to be faster")
     with open_target(Path(output), force=force) as target:
         streamed = stream and isinstance(plan.snapshot.files, HubFiles)
+        if not streamed:
+            target.drop_sources()
         check_space(plan, target, options, streamed=streamed)
         if not stream:
             plan = _downloaded(plan, options)
@@ -259,7 +261,7 @@ def _write_shard(
         source_sha256 = hasher.hexdigest()
         if shard.source.sha256 not in (None, source_sha256):
             advice = f"delete {shard.source.local.resolve()} and run again"
-            if shard.source.local.is_relative_to(target.sources):
+            if shard.source.local.resolve().is_relative_to(target.sources.resolve()):
                 shard.source.local.unlink()
                 advice = "run the same command again to fetch it anew"
             raise ResumableError(
@@ -267,8 +269,8 @@ def _write_shard(
             )
         if source_stat(shard.source.local) != stat:
             raise ResumableError(f"{shard.source.path} changed while it was read; run again.")
+        progress.advance(shard.source.size - reported)
         on_error.pop_all()
-    progress.advance(shard.source.size - reported)
     return _Written(shard, writer, source_sha256, stat)
 
 
@@ -312,7 +314,8 @@ def _same_source(shard: ShardPlan, done: Done) -> bool:
     """Whether the finished shard was made from the source as it is now."""
     if shard.source.sha256 is not None:  # the Hub's word for it, at a fixed commit
         return shard.source.sha256 == done.source_sha256
-    assert shard.source.local is not None
+    if shard.source.local is None:  # a Hub's file without a digest: the commit is the same
+        return True
     if source_stat(shard.source.local) == done.source_stat:
         return True
     fd = open_for_reading(shard.source.local, shard.source.path)

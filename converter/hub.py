@@ -99,7 +99,7 @@ class HubFiles:
         return content
 
     def download_into(self, path: str, folder: Path, stopped: threading.Event) -> Path:
-        """Download one file to `folder/path`, past the cache; a partial download is taken up again.
+        """Download one file to `folder/path`, past the cache.
 
         Raises ResumableError, also soon after `stopped` was set.
         """
@@ -140,6 +140,14 @@ class CachedFiles(LocalFiles):
         return super().local(path)
 
 
+def abort_downloads() -> None:
+    """Stop what the Hub's Xet transport is downloading: unlike HTTP downloads it does not heed `stopped`."""
+    with contextlib.suppress(ImportError, AttributeError):  # no public call does this
+        from huggingface_hub.utils._xet import abort_xet_session
+
+        abort_xet_session()  # type: ignore[no-untyped-call]
+
+
 def cache_folder(options: HubOptions) -> Path:
     """Where downloads are kept."""
     return Path(options.cache_dir or constants.HF_HUB_CACHE)
@@ -148,7 +156,7 @@ def cache_folder(options: HubOptions) -> Path:
 def bytes_to_download(files: HubFiles, paths: list[str]) -> int:
     """Bytes of `paths` that `download` would add to the cache."""
     with translated(files.label, files.options):
-        found = snapshot_download(**_selection(files, paths), dry_run=True)
+        found = snapshot_download(**_selection(files, paths), dry_run=True, tqdm_class=_NoBar)
     return sum(file.file_size or 0 for file in found if file.will_download)
 
 
@@ -227,6 +235,13 @@ def _listing(entries: Iterable[RepoFile]) -> tuple[dict[str, int], dict[str, str
     """Sizes and, for what the Hub stores as large files, sha256 by path."""
     files = sorted(entries, key=lambda entry: entry.path)
     return {f.path: int(f.size) for f in files}, {f.path: f.lfs.sha256 for f in files if f.lfs is not None}
+
+
+class _NoBar(tqdm):
+    """For what is over at once."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **{**settings, "disable": True})  # type: ignore[no-untyped-call]
 
 
 def _selection(files: HubFiles, paths: list[str]) -> dict[str, Any]:

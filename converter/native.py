@@ -17,17 +17,17 @@ def _load() -> ctypes.CDLL | None:
     spec = importlib.util.find_spec(f"{__package__}._e4m3")
     if spec is None or spec.origin is None:
         return None
+    pointer, size = ctypes.c_void_p, ctypes.c_size_t
     try:
         library = ctypes.CDLL(spec.origin)
-    except OSError:  # built for another machine
+        for name in _NAMES.values():
+            function = getattr(library, f"codes_{name}")
+            function.argtypes, function.restype = [pointer, pointer, size, size, size, pointer], None
+        for width in (16, 32):
+            function = getattr(library, f"amax_{width}")
+            function.argtypes, function.restype = [pointer, size, size, size, pointer], None
+    except (OSError, AttributeError):  # built for another machine, or from other sources
         return None
-    pointer, size = ctypes.c_void_p, ctypes.c_size_t
-    for name in _NAMES.values():
-        function = getattr(library, f"codes_{name}")
-        function.argtypes, function.restype = [pointer, pointer, size, size, size, pointer], None
-    for width in (16, 32):
-        function = getattr(library, f"amax_{width}")
-        function.argtypes, function.restype = [pointer, size, size, size, pointer], None
     return library
 
 

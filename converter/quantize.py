@@ -38,13 +38,13 @@ class _Scratch(threading.local):
     """Per-thread memory that the CPU paths reuse: fresh allocations cost more than the arithmetic."""
 
     def __init__(self) -> None:
-        self._memory = torch.empty(_CHUNK, dtype=torch.int32)
+        self._memory = torch.empty(_CHUNK, dtype=torch.int32, device="cpu")
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised tensor of a dtype of at most 4 bytes; the next call gives the same memory."""
         numel = math.prod(shape)
         if numel > self._memory.numel():
-            self._memory = torch.empty(numel, dtype=torch.int32)
+            self._memory = torch.empty(numel, dtype=torch.int32, device="cpu")
         return self._memory.view(dtype)[:numel].view(shape)
 
 
@@ -82,7 +82,7 @@ def quantize_tensor(x: torch.Tensor, scale: np.float32, out: torch.Tensor | None
     out = _new_codes(x) if out is None else out
     reciprocal = np.float32(1) / scale
     if native.serves(x):
-        native.codes(x.view(1, -1), torch.tensor([reciprocal]), max(1, x.numel()), out)
+        native.codes(x.view(1, -1), torch.from_numpy(np.array([reciprocal])), max(1, x.numel()), out)
         return out
     codes = out.view(torch.float8_e4m3fn)
     for start in range(0, x.numel(), step := _step(x)):

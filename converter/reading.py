@@ -45,7 +45,7 @@ class BufferPool:
         if self._allocated == self._count:
             return None
         self._allocated += 1
-        return torch.empty(self._slot_bytes, dtype=torch.uint8, pin_memory=self._pinned)
+        return torch.empty(self._slot_bytes, dtype=torch.uint8, device="cpu", pin_memory=self._pinned)
 
     def give_back(self, buffer: torch.Tensor) -> None:
         self._free.append(buffer)

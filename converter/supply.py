@@ -16,7 +16,7 @@ from types import TracebackType
 
 import torch
 
-from .hub import HubFiles
+from .hub import HubFiles, abort_downloads
 from .plan import ShardPlan
 from .quantize import SOURCE_DTYPES, amax
 from .schedule import SLOT_BYTES, scale_domain
@@ -62,6 +62,8 @@ class StreamedSupply(Supply):
         self._executor = ThreadPoolExecutor(1, "fp8-download")
         self._stopped = threading.Event()
         self._arriving: dict[str, Future[Path]] = {}
+        for partial in folder.rglob("*.incomplete"):  # the Hub's client begins anew beside it
+            partial.unlink()
         for path in self._present() - set(self._wanted):
             (folder / path).unlink()  # its output was finished before an interruption
 
@@ -69,6 +71,8 @@ class StreamedSupply(Supply):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # After an error nobody waits for gigabytes that are still arriving, and after Ctrl-C for nothing at all.
+        if error is not None:
+            abort_downloads()
         self._stopped.set()
         self._executor.shutdown(wait=error is None or isinstance(error, Exception), cancel_futures=True)
         if error is None:

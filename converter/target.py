@@ -18,7 +18,7 @@ from typing import Any
 from .errors import ConvertError, ResumableError
 from .layout import RECORD_FILE
 from .source import CONFIG, MODEL_INDEX
-from .writing import file_sha256, sync_folder
+from .writing import disk_errors, file_sha256, sync_folder
 
 STAGING = ".fp8-convert"
 
@@ -86,8 +86,9 @@ class Target:
                 self.done[line["path"]] = Done(**{**line, "source_stat": tuple(stat) if stat else None})
             return False
         shutil.rmtree(self._new, ignore_errors=True)
-        self._journal.write_text(json.dumps({"key": key}) + "\n")
-        sync_folder(self._staging)
+        with disk_errors(str(self._journal)):
+            self._journal.write_text(json.dumps({"key": key}) + "\n")
+            sync_folder(self._staging)
         return bool(lines)
 
     def recheck(self, path: str) -> Done | None:
@@ -108,17 +109,28 @@ class Target:
     def add(self, done: Done) -> None:
         """Journal a finished file."""
         self.done[done.path] = done
-        with open(self._journal, "a") as journal:
+        with disk_errors(str(self._journal)), open(self._journal, "a") as journal:
             journal.write(json.dumps(asdict(done)) + "\n")
             journal.flush()
             os.fsync(journal.fileno())
+
+    def drop_sources(self) -> None:
+        """Delete what an earlier, streamed run left of its source."""
+        shutil.rmtree(self.sources, ignore_errors=True)
 
     def missing_bytes(self, needed: int) -> int:
         """How much of `needed` bytes an earlier run has not yet left below the staging folder."""
         return needed - sum(p.stat().st_size for p in self._staging.rglob("*") if p.is_file())
 
     def publish(self, paths: list[str]) -> None:
-        """Rename the finished files into place, those that make the snapshot loadable last; drop what they replace."""
+        """Rename the finished files into place, those that make the snapshot loadable last; drop what they replace.
+
+        Raises ResumableError.
+        """
+        with disk_errors(str(self.folder)):
+            self._publish(paths)
+
+    def _publish(self, paths: list[str]) -> None:
         order = sorted(paths, key=lambda p: (p == RECORD_FILE, p in (MODEL_INDEX, CONFIG), p))
         stale = _recorded_files(self.folder) - set(paths)
         # What makes the old snapshot loadable goes first; its record goes last, since it knows what else is stale.

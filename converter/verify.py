@@ -358,16 +358,16 @@ def _compare(
         yield Finding(".", f"cannot be compared with its source: {error}")
         return
     progress.start(plan.bytes_to_read)
-    with Engine(workers=max(1, (os.cpu_count() or 2) - 1)) as engine:
-        for shard in plan.shards:
-            if shard.path not in record["shards"]:
-                yield Finding(shard.path, "is missing, though the source gives it")
-            elif (root / shard.path).is_file():
-                try:
+    for shard in plan.shards:
+        if shard.path not in record["shards"]:
+            yield Finding(shard.path, "is missing, though the source gives it")
+        elif (root / shard.path).is_file():
+            try:  # with an engine for each, since an error leaves one without some of its buffers
+                with Engine(workers=max(1, (os.cpu_count() or 2) - 1)) as engine:
                     yield from _compare_shard(root, shard, plan, engine, shard.path in damaged)
-                except ConvertError as error:
-                    yield Finding(shard.path, f"cannot be compared with its source: {error}")
-            progress.advance(shard.source.size)
+            except ConvertError as error:
+                yield Finding(shard.path, f"cannot be compared with its source: {error}")
+        progress.advance(shard.source.size)
     progress.close()
     for path in sorted(set(record["shards"]) - {s.path for s in plan.shards}):
         yield Finding(path, "is not what the source gives")
@@ -392,7 +392,7 @@ def _compare_shard(root: Path, shard: ShardPlan, plan: Plan, engine: Engine, dam
         position = len(shard.header)
         wrong: dict[str, None] = {}
         for chunk in stream_shard(shard, engine, amaxes=amaxes, input_scales=plan.input_scales):
-            written = torch.empty(chunk.data.numel(), dtype=torch.uint8)
+            written = torch.empty(chunk.data.numel(), dtype=torch.uint8, device="cpu")
             whole = position + len(written) <= size
             if whole:
                 read_exactly(fd, written.numpy().data, position, shard.path)

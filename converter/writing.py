@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
-from .errors import ConvertError, ResumableError
+from .errors import ResumableError
 
 STAGING_BYTES = 8 * 1024 * 1024
 CHECK_BYTES = 128 * 1024 * 1024
@@ -55,7 +55,7 @@ class FileWriter:
                 self._check_fd = os.open(self._temporary, os.O_RDONLY | close_on_exec)  # with its own O_DIRECT flag
                 self._allocate()
             self._read_back = _ReadBack(self._check_fd)
-        except ConvertError:
+        except BaseException:
             self.__exit__(None, None, None)
             raise
 
@@ -109,8 +109,9 @@ class FileWriter:
             return
         try:
             os.posix_fallocate(self._fd, 0, self.size)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+        except (OSError, AttributeError) as error:  # not on every file system, and not on macOS
+            refused = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+            if isinstance(error, OSError) and error.errno not in refused:
                 raise
             os.ftruncate(self._fd, self.size)
         _set_direct(self._fd, True)
@@ -156,15 +157,20 @@ class FileWriter:
         os.fsync(self._fd)
         self._read_back.read_to(stop)
 
-    @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise ResumableError(
-                f"{self.label} cannot be written ({error.strerror}); make room or mend the disk and run the same "
-                "command again to resume."
-            ) from error
+    def _translated(self) -> contextlib.AbstractContextManager[None]:
+        return disk_errors(self.label)
+
+
+@contextlib.contextmanager
+def disk_errors(label: str) -> Iterator[None]:
+    """Turn errors of writing `label` into a ResumableError."""
+    try:
+        yield
+    except OSError as error:
+        raise ResumableError(
+            f"{label} cannot be written ({error.strerror}); make room or mend the disk and run the same command again "
+            "to resume."
+        ) from error
 
 
 class _ReadBack:

@@ -213,6 +213,34 @@ def test_stream_resumes_after_a_lost_connection(hub: HubServer, sharded: Path, t
     assert streamed == local
 
 
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "not streamed"])
+def test_partial_downloads_of_a_killed_run_are_deleted(
+    hub: HubServer, sharded: Path, tmp_path: Path, stream: bool
+) -> None:
+    """A kill leaves them where the client does not look again; they would fill the disk."""
+    hub.add_repo(REPO, sharded)
+
+    class Stop(Silent):
+        def advance(self, count: int) -> None:
+            if len(list((tmp_path / "out" / ".fp8-convert" / "new").rglob("*.safetensors"))) > 4:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(REPO, tmp_path / "out", stream=True, progress=Stop())
+    partial = tmp_path / "out" / ".fp8-convert" / "source" / ".cache" / "huggingface" / "download" / "x.1.incomplete"
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_bytes(b"gigabytes")
+    seen: list[bool] = []
+
+    class Look(Silent):
+        def advance(self, count: int) -> None:
+            seen.append(partial.exists())
+
+    assert convert(REPO, tmp_path / "out", stream=stream, progress=Look()).resumed_shards > 3
+    assert seen
+    assert not any(seen[1:])  # the first report is of what was finished before
+
+
 def test_stream_waits_out_429_and_503(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
     """What the client retries by itself needs no rerun."""
     hub.add_repo(REPO, tiny)

@@ -105,6 +105,20 @@ def test_every_16_bit_value_at_several_scales(dtype: str, amax: float) -> None:
     np.testing.assert_array_equal(codes_of(tensor_of(dtype, bits), scale), wanted)
 
 
+def test_half_precision_where_the_cpu_flushes_subnormals() -> None:
+    """A process may have told the CPU to take float32 subnormals for zero; those of float16 are none."""
+    bits = finite_codes("F16")
+    values = reference.floats("F16", bits.tobytes())
+    wanted = reference.quantize(values, reference.tensor_scale(np.float32(0.001)))
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot")
+    try:
+        codes = codes_of(tensor_of("F16", bits), quantize.tensor_scale(0.001))
+    finally:
+        torch.set_flush_denormal(False)
+    np.testing.assert_array_equal(codes, wanted)
+
+
 @pytest.mark.parametrize("limit", [2.0**-140, 1e-6, 0.25, 3.0, 1e4, np.inf], ids=str)
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 def test_every_value_up_to_a_limit_under_its_own_scale(dtype: str, limit: float) -> None:

@@ -485,3 +485,9 @@ def test_a_full_disk_keeps_the_staging_and_a_rerun_resumes(
     assert not list(folder.output.rglob("*.tmp"))
     assert folder.convert() == expected
     assert folder.files() == undisturbed
+
+
+def test_another_default_device_changes_nothing(folder: Folder) -> None:
+    expected = grouped(folder)
+    with torch.device("meta"):
+        assert folder.convert() == expected

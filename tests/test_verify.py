@@ -15,6 +15,7 @@ from fp8_convert.converter import ConvertError, convert, inspect, verify
 from fp8_convert.converter.layout import encode_json
 from fp8_convert.converter.record import read_record, seal
 from fp8_convert.converter.render import render_inspection, render_verification
+from fp8_convert.converter.schedule import SLOT_BYTES
 from pipelines import copied, saved
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -462,3 +463,23 @@ def test_a_component_that_was_only_copied_may_be_quantised_otherwise(tmp_path: P
     (source / "text_encoder/config.json").write_text(json.dumps(config))
     convert(source, tmp_path / "out", components=["transformer"])
     assert findings(tmp_path / "out", source=source) == []
+
+
+def test_every_shard_is_compared_after_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each error loses buffers of the reader, here a few of six; the next shard must not miss them."""
+    for module in ("schedule", "stream"):
+        monkeypatch.setattr(f"fp8_convert.converter.{module}.POOL_BYTES", 6 * SLOT_BYTES)
+    source, output = copied(saved("z_image", max_shard_size="300KB"), tmp_path / "source"), tmp_path / "out"
+    convert(source, output)
+    broken = set()
+    for path in sorted((output / "transformer").glob("*.safetensors")):
+        with safe_open(path, "pt") as shard:
+            fp8 = [n for n in shard.keys() if shard.get_slice(n).get_dtype() == "F8_E4M3"]  # noqa: SIM118
+        if fp8:
+            weights = load_file(source / "transformer" / path.name)
+            weights[fp8[0]][0, 0] = float("nan")
+            save_file(weights, source / "transformer" / path.name, metadata={"format": "pt"})
+            broken.add(f"transformer/{path.name}")
+    assert len(broken) > 10
+    found = verify(output, source=source).findings
+    assert {f.path for f in found if "holds NaN or Inf" in f.problem} == broken

@@ -40,7 +40,6 @@ def test_wheel_holds_every_module(wheel: Path) -> None:
     inside = {n for n in zipfile.ZipFile(wheel).namelist() if n.startswith("fp8_convert/")}
     compiled = {n for n in inside if n.startswith("fp8_convert/converter/_e4m3.") and n.endswith(".so")}
     assert len(compiled) == (1 if shutil.which("cc") else 0)
-    assert wheel.name.split("-", 2)[2].startswith("cp311-abi3-")  # one wheel serves every later Python
     expected = {
         f"fp8_convert/{path.relative_to(ROOT).as_posix()}"
         for package in ("command", "converter", "loader", "manifests")
