@@ -220,7 +220,12 @@ class Disk:
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 def test_write_errors_at_random_offsets(
-    source: Path, undisturbed: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+    source: Path,
+    undisturbed: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    code: int,
 ) -> None:
     rng = random.Random(code)
     total = sum(p.stat().st_size for p in source.rglob("*"))
@@ -233,10 +238,16 @@ def test_write_errors_at_random_offsets(
         convert(source, output)
         assert digests(output) == undisturbed
         shutil.rmtree(output)
+    with capsys.disabled():
+        print(f"\nwrite errors ({errno.errorcode[code]}): {TRIES // 2} tried, all survived")
 
 
 def test_read_errors_and_short_reads(
-    source: Path, undisturbed: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path,
+    undisturbed: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     rng = random.Random(5)
     read = os.preadv
@@ -257,6 +268,8 @@ def test_read_errors_and_short_reads(
         convert(source, output)
         assert digests(output) == undisturbed
         shutil.rmtree(output)
+    with capsys.disabled():
+        print(f"\nread errors and short reads: {TRIES // 2} tried, all survived")
 
 
 def interrupted(
@@ -429,7 +442,9 @@ def is_sound(output: Path) -> bool:
         return False  # damaged beyond reading, and said so
 
 
-def test_verify_finds_every_flip(source: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:
+def test_verify_finds_every_flip(
+    source: Path, undisturbed: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "out"
     convert(source, output)
     rng = random.Random(1)
@@ -442,6 +457,8 @@ def test_verify_finds_every_flip(source: Path, undisturbed: dict[str, str], tmp_
             flip(path, bit)
     assert verify(output).ok
     assert digests(output) == undisturbed
+    with capsys.disabled():
+        print(f"\nbit flips: {len(files) * (1 + TRIES // 6)} tried, all found")
 
 
 def test_two_runs_at_once(source: Path, undisturbed: dict[str, str], tmp_path: Path) -> None:
