@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from fp8_convert.loader import kernels
 from fp8_convert.loader.install import install
+from qwen_inputs import qwen_inputs
 from torch import Tensor, nn
 from triton.testing import do_bench
 
@@ -120,13 +121,7 @@ def qwen_blocks() -> tuple[nn.Module, dict[str, Any]]:
 
     with torch.device(DEVICE):
         model = QwenImageTransformer2DModel(num_layers=4).to(torch.bfloat16)
-        inputs = {
-            "hidden_states": torch.randn(1, 4096, 64, dtype=torch.bfloat16),
-            "encoder_hidden_states": torch.randn(1, 256, 3584, dtype=torch.bfloat16),
-            "encoder_hidden_states_mask": torch.ones(1, 256, dtype=torch.int64),
-            "timestep": torch.tensor([0.5], dtype=torch.bfloat16),
-            "img_shapes": [[(1, 64, 64)]],
-        }
+        inputs = qwen_inputs()
     return model, inputs
 
 

@@ -20,6 +20,7 @@ from fp8_convert.converter import convert
 from fp8_convert.converter.header import TensorInfo, encode_header
 from fp8_convert.converter.layout import encode_json, index_name, shard_name
 from fp8_convert.loader import load_component, report
+from qwen_inputs import qwen_inputs
 from torch import nn
 
 SHARD_BYTES = 5 * 10**9
@@ -151,13 +152,7 @@ def run(part: str, model: nn.Module, device: str) -> None:
         if part == "text_encoder":
             inputs = {"input_ids": torch.randint(0, 150000, (1, 256)), "logits_to_keep": 1}
         else:
-            inputs = {
-                "hidden_states": torch.randn(1, 4096, 64, dtype=torch.bfloat16),
-                "encoder_hidden_states": torch.randn(1, 256, 3584, dtype=torch.bfloat16),
-                "encoder_hidden_states_mask": torch.ones(1, 256, dtype=torch.int64),
-                "timestep": torch.tensor([0.5], dtype=torch.bfloat16),
-                "img_shapes": [[(1, 64, 64)]],
-            }
+            inputs = qwen_inputs()
     for _ in range(2):
         started = time.monotonic()
         out = model(**inputs)[0]

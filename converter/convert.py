@@ -168,7 +168,7 @@ def convert(
         if not streamed:
             target.drop_sources()
         check_space(plan, target, options, streamed=streamed)
-        if not stream:
+        if not streamed:
             plan = _downloaded(plan, options)
         if target.resume(_key(plan)):
             progress.say("the unfinished output of another source, recipe or version was dropped")

@@ -20,15 +20,18 @@ class SourceOptions(HubOptions):
 
 
 def open_source(source: str | os.PathLike[str], options: SourceOptions) -> Snapshot:
-    """Describe a snapshot from its headers. A Hub repository is not downloaded, only asked. Raises ConvertError."""
+    """Describe a snapshot to convert, from its headers: not converted yet, and all of it there. Raises ConvertError."""
+    return _complete(find_snapshot(source, options), options)
+
+
+def find_snapshot(source: str | os.PathLike[str], options: SourceOptions, *, allow_converted: bool = False) -> Snapshot:
+    """Describe what a folder or a Hub id names. A Hub repository is not downloaded, only asked. Raises ConvertError."""
     path = local_folder(source)
     if path is not None:
-        return _with_variant(describe(LocalFiles(path), variant=options.variant), options)
-    text = os.fspath(source)
-    if is_offline(options):
-        return _described(cached(text, options), options)
-    files = HubFiles(text, options)
-    return _with_variant(describe(files, repo=text, commit=files.commit, variant=options.variant), options)
+        return describe(LocalFiles(path), variant=options.variant, allow_converted=allow_converted)
+    repo = os.fspath(source)
+    files = cached(repo, options) if is_offline(options) else HubFiles(repo, options)
+    return describe(files, repo=repo, commit=files.commit, variant=options.variant, allow_converted=allow_converted)
 
 
 def local_folder(source: str | os.PathLike[str]) -> Path | None:
@@ -50,18 +53,16 @@ def fetch(snapshot: Snapshot, options: SourceOptions) -> Snapshot:
     """The snapshot with all its files on this machine, downloaded at its commit if they are not."""
     if not isinstance(snapshot.files, HubFiles):
         return snapshot
-    return _described(download(snapshot.files, needed_files(snapshot)), options)
+    files = download(snapshot.files, needed_files(snapshot))
+    local = describe(files, repo=files.label, commit=files.commit, variant=options.variant)
+    return _complete(local, options)
 
 
-def _described(files: CachedFiles, options: SourceOptions) -> Snapshot:
-    snapshot = describe(files, repo=files.label, commit=files.commit, variant=options.variant)
-    for path in needed_files(snapshot):
-        files.local(path)  # what is missing is said now, not when it is copied
-    return _with_variant(snapshot, options)
-
-
-def _with_variant(snapshot: Snapshot, options: SourceOptions) -> Snapshot:
-    """The snapshot, if some component has weights of the variant asked for, where one is."""
+def _complete(snapshot: Snapshot, options: SourceOptions) -> Snapshot:
+    """The snapshot, if what the cache should hold is there, and the variant asked for where one is."""
+    if isinstance(snapshot.files, CachedFiles):
+        for path in needed_files(snapshot):
+            snapshot.files.local(path)  # what is missing is said now, not when it is copied
     chosen = [PurePosixPath(s.path).name for c in snapshot.components for s in c.shards]
     if options.variant and not any(f".{options.variant}" in name for name in chosen):
         raise ConvertError(

@@ -28,10 +28,14 @@ def check_space(plan: Plan, target: Target, options: HubOptions, *, streamed: bo
             f"{missing / 1e9:.2f} GB are missing; make room or choose another folder."
         )
     if isinstance(plan.snapshot.files, HubFiles) and not streamed:
+        files, paths = plan.snapshot.files, needed_files(plan.snapshot)
         cache = _existing(cache_folder(options))
-        download = bytes_to_download(plan.snapshot.files, needed_files(plan.snapshot))
         same_disk = cache.stat().st_dev == target.folder.stat().st_dev
-        missing = download + (output if same_disk else _SPARE_BYTES) - shutil.disk_usage(cache).free
+        room = shutil.disk_usage(cache).free - (output if same_disk else _SPARE_BYTES)
+        if sum(files.sizes()[path] for path in paths) <= room:
+            return  # whatever is in the cache already, which the Hub's client asks the Hub to know
+        download = bytes_to_download(files, paths)
+        missing = download - room
         if download and missing > 0:
             raise ConvertError(
                 f"{cache_folder(options)} has not enough disk space: the download takes {download / 1e9:.2f} GB and "

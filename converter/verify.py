@@ -259,9 +259,11 @@ def _check_config(component: Component, modules: Mapping[str, tuple[str, str]]) 
         return
     schemes = set(modules.values())
     blocks = {block for _, scheme in schemes if (block := layout.scheme_block(scheme))}
-    native = len(schemes) > 1 or any(built.kinds.get(m) != "Linear" for m in modules)
-    stored = all(mode == layout.STORAGE for mode, _ in schemes)  # for a DiT "fp8" would mean W8A8
-    methods = [*([] if native else [layout.QUANT_METHOD]), *([layout.QUANT_METHOD_NATIVE] if native or stored else [])]
+    methods = []
+    if plain := len(schemes) <= 1 and all(built.kinds.get(m) == "Linear" for m in modules):
+        methods.append(layout.QUANT_METHOD)
+    if not plain or all(mode == layout.STORAGE for mode, _ in schemes):  # for a DiT "fp8" would mean W8A8
+        methods.append(layout.QUANT_METHOD_NATIVE)
     native = config["quant_method"] == layout.QUANT_METHOD_NATIVE
     expected: dict[str, list[Any]] = {
         "quant_method": methods,

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..converter import layout
-from ..converter.hub import HubFiles, cached, download, is_offline
-from ..converter.locate import SourceOptions, local_folder
+from ..converter.hub import HubFiles, download
+from ..converter.locate import SourceOptions, find_snapshot
 from ..converter.record import read_record
 from ..converter.source import Component, LocalFiles, Snapshot, describe, needed_files
 
@@ -44,15 +44,7 @@ def open_snapshot(source: str | os.PathLike[str], options: SourceOptions) -> Sna
     """Describe a folder or Hub id, converted or not. A Hub repository is asked, not downloaded. Raises
     ConvertError.
     """
-    path = local_folder(source)
-    if path is not None:
-        return describe(LocalFiles(path), variant=options.variant, allow_converted=True)
-    text = os.fspath(source)
-    if is_offline(options):
-        files = cached(text, options)
-        return describe(files, repo=text, commit=files.commit, variant=options.variant, allow_converted=True)
-    remote = HubFiles(text, options)
-    return describe(remote, repo=text, commit=remote.commit, variant=options.variant, allow_converted=True)
+    return find_snapshot(source, options, allow_converted=True)
 
 
 def fetched(snapshot: Snapshot, options: SourceOptions) -> tuple[Snapshot, Path]:
@@ -124,9 +116,9 @@ def check_record(root: Path, component: Component, found: Fp8Modules) -> str | N
     """What the record or the config claims of the component and its shards do not hold; None if all is
     well.
     """
-    record = read_record(root) or {}
-    entry = (record.get("components") or {}).get(component.name)
-    if isinstance(entry, dict) and isinstance(entry.get("fp8_modules"), dict):
+    record = read_record(root)
+    entry = record["components"].get(component.name) if record is not None else None
+    if entry is not None:
         for mode, count in entry["fp8_modules"].items():
             here = sum(1 for m, _ in found.modules.values() if m == mode)
             if here != count:
