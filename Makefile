@@ -25,7 +25,7 @@ faults: $(VENV)/ready-test
 	FP8_CONVERT_FAULTS=300 FP8_CONVERT_FUZZ=2000 $(BIN)/python -m pytest tests/test_faults.py tests/test_hostile.py tests/test_memory.py -s
 
 clean:
-	rm -rf $(VENV) converter/*.so build dist demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf $(VENV) converter/*.so build dist demo-out demo-out.png .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
 
 $(VENV)/ready: pyproject.toml constraints.txt converter/_e4m3.c
 	$(PYTHON) -m venv $(VENV)

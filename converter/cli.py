@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
-import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import click
@@ -33,6 +30,7 @@ from .render import (
     render_verification,
     terminal_width,
 )
+from .stopping import Stopping
 from .verify import verify
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -127,7 +125,9 @@ def _json_option(function: F) -> F:
 )
 @click.option("--workers", type=click.IntRange(1), help="CPU threads for the arithmetic.")
 @click.option("--stream", is_flag=True, help="Hub id: download shard by shard and keep none; needs room for two.")
+@click.option("--max-shard-size", metavar="SIZE", help="Cut larger output files, as in diffusers: 5GB, 500MB.")
 @click.option("--force", is_flag=True, help="Replace a finished FP8 snapshot.")
+@click.option("--check", is_flag=True, help="If the snapshot is finished already, read it and compare its digests.")
 @click.option("--revision", help="Branch, tag or commit of the Hub repository.")
 @click.option("--token", help="Hub token; by default the one you logged in with.")
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="Hub cache to use.")
@@ -152,9 +152,9 @@ def convert_command(
     settings["ignored_layers"] = [name for names in ignored_layers for name in names]
     if not dry_run and output is None:
         raise click.UsageError("Name the output folder with -o, or pass --dry-run.")
-    with _errors("run the same command again to resume"):
+    with _errors("run the same command again to resume") as stopping:
         if dry_run:
-            for unused in ("device", "workers", "stream", "force"):
+            for unused in ("device", "workers", "stream", "force", "check"):
                 del settings[unused]
             hub = ("revision", "token", "cache_dir", "local_files_only", "variant")
             options = SourceOptions(**{name: settings.pop(name) for name in hub})
@@ -162,7 +162,7 @@ def convert_command(
             click.echo(json.dumps(plan.to_json(), indent=2) if as_json else render_plan(plan, terminal_width()))
             return
         assert output is not None
-        with contextlib.closing(for_terminal()) as progress:
+        with contextlib.closing(for_terminal(on_finishing=stopping.finishing)) as progress:
             result = convert(source, output, progress=progress, **settings)
         click.echo(json.dumps(result.to_json(), indent=2) if as_json else render_result(result))
 
@@ -254,29 +254,15 @@ def demo_command(output: Path) -> None:
 
 
 @contextlib.contextmanager
-def _errors(advice: str = "run the same command again") -> Iterator[None]:
+def _errors(advice: str = "run the same command again") -> Iterator[Stopping]:
     """Errors of the library become one sentence and exit code 1; signals stop cleanly; bugs show their traceback.
 
     advice: what to do after a signal.
     """
-    handled = (signal.SIGINT, signal.SIGTERM)
-    before = {n: old for n in handled if (old := signal.getsignal(n)) not in (signal.SIG_IGN, None)}  # nohup: ignored
-    for number in before:
-        signal.signal(number, _interrupt)
-    try:
-        with quiet_libraries():
-            yield
-    except ConvertError as error:
-        click.echo(f"error: {' '.join(str(error).splitlines())}", err=True)  # one line, whatever a name holds
-        sys.exit(1)
-    except KeyboardInterrupt:
-        click.echo(f"stopped; {advice}.", err=True)
-        sys.stdout.flush()
-        os._exit(130)  # a download that is under way would hold up a normal exit
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    with Stopping(advice) as stopping:
+        try:
+            with quiet_libraries():
+                yield stopping
+        except ConvertError as error:
+            click.echo(f"error: {' '.join(str(error).splitlines())}", err=True)  # one line, whatever a name holds
+            sys.exit(1)

@@ -1,48 +1,42 @@
-"""`convert`: from a source and a few options to an FP8 snapshot on disk. The table of contents of a conversion."""
+"""`convert`: from a source and a few options to an FP8 snapshot on disk. The door of a conversion."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import os
-import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from . import native
-from .errors import ConvertError, ResumableError
-from .hub import HubFiles
-from .layout import RECORD_FILE, Block, encode_json
-from .locate import SourceOptions, fetch, open_source
+from .errors import ConvertError
+from .finished import check_finished
+from .layout import Block
+from .locate import SourceOptions, open_source
 from .manifest import choose_manifest, load_manifest
-from .plan import Plan, ShardPlan, make_plan
+from .plan import Plan, make_plan
 from .progress import Progress, Silent
-from .reading import open_for_reading
-from .recipe import Recipe
-from .record import make_record
+from .recipe import Recipe, parse_size
+from .record import check_record, read_record
+from .run import conversion_key, run
 from .scales import read_input_scales
-from .schedule import scale_domain
-from .source import Snapshot
-from .space import check_space
-from .stream import Engine, stream_shard
-from .supply import StreamedSupply, Supply
-from .target import Done, Target, open_target, source_stat
-from .writing import FileWriter, file_sha256, write_small
+from .target import journalled_key
 
-_MOST_WORKERS = 8  # by then reading and hashing are the limit
+try:
+    import resource
+except ImportError:  # Windows has no such module
+    resource = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a conversion did. Bytes are those of the weights' files; `peak_rss` is the process's, in bytes."""
+    """What a conversion did. Bytes are those of the weights' files.
+
+    snapshot_sha256: the record's digest of itself, which covers source, recipe and every file. peak_rss: the process's
+    peak memory in bytes, None where the platform does not tell. already_done: the snapshot was there, and is what this
+    call would have written.
+    """
 
     plan: Plan
     output: Path
@@ -50,7 +44,9 @@ class Result:
     bytes_after: int
     seconds: float
     resumed_shards: int
-    peak_rss: int
+    peak_rss: int | None
+    snapshot_sha256: str
+    already_done: bool = False
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -61,7 +57,12 @@ class Result:
         """The summary for scripts; the plan's tensors are left out."""
         return {
             "output": str(self.output),
+            "source": self.plan.snapshot.label,
+            "commit": self.plan.snapshot.commit,
             "manifest": self.plan.recipe.manifest.name,
+            "recipe_sha256": self.plan.recipe.sha256(),
+            "snapshot_sha256": self.snapshot_sha256,
+            "already_done": self.already_done,
             "notes": list(self.plan.notes),
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
@@ -83,6 +84,7 @@ def plan_conversion(
     weight_block_size: Sequence[int] | None = None,
     activation_scheme: str = "dynamic",
     input_scales: str | os.PathLike[str] | None = None,
+    max_shard_size: int | str | None = None,
     options: SourceOptions | None = None,
 ) -> Plan:
     """Plan a conversion from headers alone; a Hub id is not downloaded. Arguments are those of `convert`."""
@@ -98,6 +100,7 @@ def plan_conversion(
         block=_block(weight_block_size),
         activation_scheme=activation_scheme,
         input_scales=read_input_scales(Path(input_scales)) if input_scales is not None else None,
+        max_shard_size=parse_size(max_shard_size),
     )
     return make_plan(snapshot, recipe)
 
@@ -114,10 +117,12 @@ def convert(
     weight_block_size: Sequence[int] | None = None,
     activation_scheme: str = "dynamic",
     input_scales: str | os.PathLike[str] | None = None,
+    max_shard_size: int | str | None = None,
     device: str = "auto",
     workers: int | None = None,
     stream: bool = False,
     force: bool = False,
+    check: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -134,16 +139,20 @@ def convert(
     compact: FP8 storage for the layers that W8A8 must skip, where the manifest names them.
     weight_block_size: (rows, columns) of a scale's block in the DiT; None is the manifest's choice (per tensor).
     activation_scheme: "dynamic", or "static" with input_scales, a safetensors file of `NAME.input_scale` scalars.
+    max_shard_size: cuts larger output files, as in diffusers: bytes or such as "5GB"; None keeps the source's shards.
     device: "cpu", "cuda" or "auto"; the bytes are the same. workers: CPU threads for the arithmetic.
     stream: for a Hub id, download shard by shard beside the conversion and keep none; needs room for two.
-    force: replace a finished FP8 snapshot. revision, token, cache_dir, local_files_only: as in huggingface_hub.
+    force: replace a finished FP8 snapshot. check: read a finished one again and compare its digests.
+    revision, token, cache_dir, local_files_only: as in huggingface_hub.
     variant: takes `*.VARIANT.safetensors` where a component has them.
 
-    Memory stays bounded whatever the model's size. An interrupted conversion is resumed by the same call; an
-    unfinished one never looks like a snapshot. Raises ConvertError with a sentence for the user.
+    Memory stays bounded whatever the model's size. An interrupted conversion is resumed by the same call, and a
+    finished one is left as it is (`already_done`); an unfinished one never looks like a snapshot. Raises ConvertError
+    with a sentence for the user.
     """
     started = time.monotonic()
     progress = progress or Silent()
+    output = Path(output)
     options = SourceOptions(revision, token, cache_dir, local_files_only, variant)
     plan = plan_conversion(
         source,
@@ -155,183 +164,69 @@ def convert(
         weight_block_size=weight_block_size,
         activation_scheme=activation_scheme,
         input_scales=input_scales,
+        max_shard_size=max_shard_size,
         options=options,
     )
-    _check_outside(Path(output), source)
-    engine = Engine(_device(device), workers=workers or min(_MOST_WORKERS, os.cpu_count() or 2))
-    for note in plan.notes:
-        progress.say(f"note: {note}")
-    if engine.device.type == "cpu" and not native.compiled():
-        progress.say("note: fp8-convert's compiled code is missing; install it anew beside a C compiler to be faster")
-    with open_target(Path(output), force=force) as target:
-        streamed = stream and isinstance(plan.snapshot.files, HubFiles)
-        if not streamed:
-            target.drop_sources()
-        check_space(plan, target, options, streamed=streamed)
-        if not streamed:
-            plan = _downloaded(plan, options)
-        if target.resume(_key(plan)):
-            progress.say("the unfinished output of another source, recipe or version was dropped")
-        resumed = _convert_shards(plan, target, engine, progress)
-        _finish(plan, target)
+    _check_outside(output, source)
+    digest = None if force else _finished_already(plan, output, check, progress)
+    already, resumed = digest is not None, 0
+    if digest is None:
+        plan, digest, resumed = run(
+            plan,
+            output,
+            device=device,
+            workers=workers,
+            stream=stream,
+            force=force,
+            options=options,
+            progress=progress,
+        )
+    progress.say(
+        f"commit {plan.snapshot.commit or 'none (a folder)'}, recipe {plan.recipe.sha256()}, snapshot {digest}"
+    )
     return Result(
         plan,
-        Path(output),
+        output,
         plan.bytes_to_read,
         sum(s.size for s in plan.shards),
         time.monotonic() - started,
         resumed,
         peak_rss(),
+        digest,
+        already,
     )
 
 
-def peak_rss() -> int:
-    """The process's peak resident memory in bytes."""
+def peak_rss() -> int | None:
+    """The process's peak resident memory in bytes, None where the platform does not tell."""
+    if resource is None:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _convert_shards(plan: Plan, target: Target, engine: Engine, progress: Progress) -> int:
-    """Convert every shard that an earlier run has not finished; returns how many were kept."""
-    progress.start(plan.bytes_to_read + plan.bytes_read_twice)
-    wanted = [s for s in plan.shards if not ((done := target.recheck(s.path)) and _same_source(s, done))]
-    progress.advance(sum(s.source.size for s in plan.shards) - sum(s.source.size for s in wanted))
-    amaxes: dict[str, dict[str, float]] = {}  # by component: transformer_2 has the names of transformer
-    with engine, _supply(plan, target, wanted) as supply, ThreadPoolExecutor(1, "fp8-commit") as commits:
-        commit: Future[None] | None = None
-        for planned in wanted:
-            if commit is not None and not supply.ahead:
-                commit.result()
-            shard = supply.take(planned)
-            known = amaxes.setdefault(shard.component, {})
-            missing = [group for group in shard.schedule.measured if group not in known]
-            if missing:
-                siblings = [s for s in plan.shards if s.component == shard.component]
-                known |= supply.measure(siblings, missing, engine)
-                progress.advance(_bytes_of(siblings, missing))
-            written = _write_shard(shard, target, engine, known, plan.input_scales, progress)
-            # The end of one shard is synced and read back while the next is converted.
-            before, commit = commit, commits.submit(_commit, written, target, supply)
-            if before is not None:
-                before.result()
-        if commit is not None:
-            commit.result()
-    progress.close()
-    return len(plan.shards) - len(wanted)
+def _finished_already(plan: Plan, output: Path, check: bool, progress: Progress) -> str | None:
+    """The digest of the finished snapshot in `output`, if that is what `plan` gives; None if there is none.
 
-
-def _supply(plan: Plan, target: Target, wanted: Sequence[ShardPlan]) -> Supply:
-    """Shards that are here, or those of a Hub repository that was only described."""
-    files = plan.snapshot.files
-    return StreamedSupply(files, target.sources, wanted) if isinstance(files, HubFiles) else Supply()
-
-
-@dataclass(frozen=True)
-class _Written:
-    """A shard of which every byte was written; it counts once its writer has committed it."""
-
-    shard: ShardPlan
-    writer: FileWriter
-    source_sha256: str
-    source_stat: tuple[int, ...]
-
-
-def _write_shard(
-    shard: ShardPlan,
-    target: Target,
-    engine: Engine,
-    amaxes: Mapping[str, float],
-    input_scales: Mapping[str, float],
-    progress: Progress,
-) -> _Written:
-    assert shard.source.local is not None
-    stat = source_stat(shard.source.local)
-    hasher = hashlib.sha256()
-    reported = 0
-    with contextlib.ExitStack() as on_error:
-        writer = on_error.enter_context(FileWriter(target.staged(shard.path), shard.size, shard.path))
-        writer.append(memoryview(shard.header))
-        written = len(shard.header)
-        for chunk in stream_shard(shard, engine, amaxes=amaxes, input_scales=input_scales, hasher=hasher):
-            writer.append(chunk.data.cpu().numpy().data)
-            written += chunk.data.numel()
-            share = shard.source.size * written // max(1, shard.size)
-            progress.advance(share - reported)
-            reported = share
-        source_sha256 = hasher.hexdigest()
-        if shard.source.sha256 not in (None, source_sha256):
-            advice = f"delete {shard.source.local.resolve()} and run again"
-            if shard.source.local.resolve().is_relative_to(target.sources.resolve()):
-                shard.source.local.unlink()
-                advice = "run the same command again to fetch it anew"
-            raise ResumableError(
-                f"{shard.source.path} differs from the Hub's digest, so its download is corrupt; {advice}."
-            )
-        if source_stat(shard.source.local) != stat:
-            raise ResumableError(f"{shard.source.path} changed while it was read; run again.")
-        progress.advance(shard.source.size - reported)
-        on_error.pop_all()
-    return _Written(shard, writer, source_sha256, stat)
-
-
-def _commit(written: _Written, target: Target, supply: Supply) -> None:
-    """Make a written shard safe and journal it; its source is needed no more."""
-    shard = written.shard
-    with written.writer as writer:
-        sha256 = writer.commit()
-    size, digest, stat = shard.source.size, written.source_sha256, written.source_stat
-    target.add(Done(shard.path, shard.size, sha256, size, digest, stat))
-    supply.finished(shard)
-
-
-def _finish(plan: Plan, target: Target) -> None:
-    """Write the small files and the record, and let the snapshot appear."""
-    for path, data in plan.files.items():
-        target.add(Done(path, len(data), write_small(target.staged(path), data, path)))
-    for path in plan.sidecars:
-        data = plan.snapshot.files.read(path)
-        target.add(Done(path, len(data), write_small(target.staged(path), data, path)))
-    files = {*(s.path for s in plan.shards), *plan.files, *plan.sidecars}
-    record = encode_json(make_record(plan, {p: d for p, d in target.done.items() if p in files}))
-    write_small(target.staged(RECORD_FILE), record, RECORD_FILE)
-    target.publish([*files, RECORD_FILE])
-
-
-def _downloaded(plan: Plan, options: SourceOptions) -> Plan:
-    """The same plan over local files: a Hub source is downloaded at the commit that was planned."""
-    snapshot: Snapshot = fetch(plan.snapshot, options)
-    return plan if snapshot is plan.snapshot else make_plan(snapshot, plan.recipe)
-
-
-def _key(plan: Plan) -> str:
-    """What a resumed run must share with the one before: source, recipe, tool, and so every output header."""
-    parts = [plan.recipe.sha256(), plan.snapshot.repo, plan.snapshot.commit]
-    shards = [(s.source.path, s.source.size, s.path, hashlib.sha256(s.header).hexdigest()) for s in plan.shards]
-    return hashlib.sha256(json.dumps([parts, shards]).encode()).hexdigest()
-
-
-def _same_source(shard: ShardPlan, done: Done) -> bool:
-    """Whether the finished shard was made from the source as it is now."""
-    if shard.source.sha256 is not None:  # the Hub's word for it, at a fixed commit
-        return shard.source.sha256 == done.source_sha256
-    if shard.source.local is None:  # a Hub's file without a digest: the commit is the same
-        return True
-    if source_stat(shard.source.local) == done.source_stat:
-        return True
-    fd = open_for_reading(shard.source.local, shard.source.path)
+    Raises ConvertError for a finished snapshot that is another one, or damaged.
+    """
+    if journalled_key(output) == conversion_key(plan):
+        return None  # this conversion was interrupted when all but the record's name was done: finish it
     try:
-        return file_sha256(fd) == done.source_sha256
-    finally:
-        os.close(fd)
+        record = read_record(output)
+        if record is None or check_record(output) is not None:
+            return None
+    except ConvertError:  # no record that can be used
+        return None
+    check_finished(record, plan, output, check=check, progress=progress)
+    return str(record["record_sha256"])
 
 
 def _check_outside(output: Path, source: str | os.PathLike[str]) -> None:
-    if Path(source).is_dir() and output.resolve().is_relative_to(Path(source).resolve()):
+    if not Path(source).is_dir():
+        return
+    if output.resolve().is_relative_to(Path(source).resolve()):
         raise ConvertError(f"{output} is the source or lies inside it; choose another folder for the output.")
-
-
-def _bytes_of(shards: Sequence[ShardPlan], domains: Sequence[str]) -> int:
-    return sum(t.info.nbytes for s in shards for t in s.tensors if scale_domain(t) in domains)
 
 
 def _block(size: Sequence[int] | None) -> Block | None:
@@ -340,13 +235,3 @@ def _block(size: Sequence[int] | None) -> Block | None:
     if len(size) != 2 or not all(isinstance(n, int) for n in size):
         raise ConvertError(f"The block size {list(size)} must be two numbers, such as 128 128.")
     return size[0], size[1]
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in ("cpu", "cuda"):
-        raise ConvertError(f"The device {name!r} is unknown; use auto, cpu or cuda.")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConvertError("No CUDA device was found; use --device cpu, which gives the same bytes.")
-    return torch.device(name)

@@ -25,7 +25,7 @@ _README = "A tiny pipeline with random weights, made by `fp8-convert demo`. It p
 
 
 def run_demo(output: Path, say: Callable[[str], None]) -> None:
-    """Build a tiny pipeline, convert it into `output`, verify, load and run it.
+    """Build a tiny pipeline, convert it into `output`, verify, load and run it; its picture is put beside the folder.
 
     Replaces an earlier demo's output and nothing else. Raises ConvertError.
     """
@@ -34,9 +34,12 @@ def run_demo(output: Path, say: Callable[[str], None]) -> None:
         report,
     )  # the demo stands above both halves; nothing else here imports the loader
 
+    picture = output.with_name(f"{output.name}.png")  # not inside: `verify` wants nothing there that is not recorded
     again = _is_a_demos(output)
     if not again and (output / RECORD_FILE).exists():
         raise ConvertError(f"{output} holds an FP8 snapshot that is not the demo's; name another folder with -o.")
+    if not again and picture.exists():
+        raise ConvertError(f"{picture}, where the demo's picture goes, exists; name another folder with -o.")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "tiny-z-image")
         say("building a tiny random Z-Image pipeline (11 MB) ...")
@@ -52,8 +55,8 @@ def run_demo(output: Path, say: Callable[[str], None]) -> None:
     image = pipeline(
         "a red cube", height=64, width=64, num_inference_steps=2, guidance_scale=0.0, max_sequence_length=64
     ).images[0]
-    image.save(output / "image.png")
-    say(f"generated {output / 'image.png'} ({image.width}x{image.height}; random weights paint noise)")
+    image.save(picture)
+    say(f"generated {picture} ({image.width}x{image.height}; random weights paint noise)")
     say("")
     say(str(report(pipeline)))
 

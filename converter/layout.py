@@ -18,7 +18,7 @@ WEIGHT_SCALE_INV = ".weight_scale_inv"
 INPUT_SCALE = ".input_scale"
 
 RECORD_FILE = "fp8_convert.json"
-RECORD_FORMAT = 1
+RECORD_FORMAT = 2
 METADATA_KEY = "fp8_convert"
 CONFIG_KEY = "quantization_config"
 QUANT_METHOD = "fp8"  # what other runtimes can read too

@@ -15,11 +15,12 @@ from typing import Any
 from . import layout
 from .decide import PlannedTensor, check_patterns, decide, expand_aliases, is_dit, keep_all
 from .errors import ConvertError
-from .header import PREFIX_BYTES, encode_header
+from .header import PREFIX_BYTES
 from .manifest import ComponentRules
 from .modules import module_map
 from .recipe import Recipe
 from .schedule import Schedule, make_schedule, scale_domain
+from .sharding import OutputFile, cut_into_files
 from .source import CONFIG, Component, Shard, Snapshot
 
 _QUANTIZED_DTYPES = {
@@ -37,17 +38,18 @@ _QUANTIZED_SUFFIXES = (
     ".weight_packed", ".input_scale", ".quant_map", ".weight_format",
 )  # fmt: skip
 
+_MOST_FILES = 99_999  # as many as their names can number
+
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One source shard and the output shard that it becomes. A shard without FP8 weights is `copied` whole."""
+    """One source shard and the output files that it becomes, mostly one. Without FP8 weights it is `copied`."""
 
     component: str
     source: Shard
-    path: str
+    files: tuple[OutputFile, ...]
     tensors: tuple[PlannedTensor, ...]
     schedule: Schedule
-    header: bytes
 
     @property
     def copied(self) -> bool:
@@ -55,8 +57,8 @@ class ShardPlan:
 
     @property
     def size(self) -> int:
-        """Bytes of the output file."""
-        return len(self.header) + (self.schedule.outputs[-1].end if self.schedule.outputs else 0)
+        """Bytes of the output files."""
+        return sum(file.size for file in self.files)
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,16 @@ class Plan:
     @property
     def shards(self) -> tuple[ShardPlan, ...]:
         return tuple(shard for component in self.components for shard in component.shards)
+
+    @property
+    def weight_files(self) -> tuple[OutputFile, ...]:
+        """The output's safetensors files."""
+        return tuple(file for shard in self.shards for file in shard.files)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Every file of the output but the record."""
+        return (*(file.path for file in self.weight_files), *self.files, *self.sidecars)
 
     @cached_property
     def bytes_to_write(self) -> int:
@@ -172,7 +184,7 @@ def make_plan(snapshot: Snapshot, recipe: Recipe) -> Plan:
     for component in components:
         if component.config is not None:
             files[component.source.path(CONFIG)] = layout.encode_json(component.config)
-        if len(component.shards) > 1:
+        if sum(len(shard.files) for shard in component.shards) > 1:
             files[component.source.path(layout.index_name(component.source.stem))] = _index(component)
     sidecars = tuple(p for p in snapshot.sidecars if p not in files)
     if recipe.compact and not any(
@@ -310,12 +322,11 @@ def _plan_component(
         if group is not None
     )
     spread = {group for group, count in shards_of_group.items() if count > 1}
-    count = len(component.shards)
     shards = []
-    for number, source in enumerate(component.shards, 1):
-        path = component.path(layout.shard_name(component.stem, number, count))
+    for source in component.shards:
         tensors = tuple(decisions[t.name] for t in source.header.tensors)
-        shards.append(_plan_shard(component, source, path, tensors, spread, input_scales))
+        shards.append(_plan_shard(component, source, tensors, spread, input_scales, recipe.max_shard_size))
+    shards = _named(component, shards)
     converted = any(t.decision.fp8 for s in shards for t in s.tensors)
     config = _config(component, rules, shards, recipe) if rules is not None and converted else None
     return ComponentPlan(component, rules if converted else None, tuple(shards), config, problem)
@@ -324,24 +335,44 @@ def _plan_component(
 def _plan_shard(
     component: Component,
     source: Shard,
-    path: str,
     tensors: tuple[PlannedTensor, ...],
     spread: set[str],
     input_scales: Mapping[str, float],
+    max_shard_size: int | None,
 ) -> ShardPlan:
+    """The plan of one source shard; its output files have no paths yet."""
     schedule = make_schedule(tensors, spread, input_scales)
     modules = {
         t.module: (t.decision.mode, t.decision.scheme)
         for t in tensors
         if t.decision.mode is not None and t.decision.scheme is not None
     }
-    if not modules:  # nothing becomes FP8: the file is copied, header and all
-        prefix = len(source.header.raw).to_bytes(PREFIX_BYTES, "little")
+    if not modules:  # nothing becomes FP8: the file is copied, header and all, where it need not be cut
         schedule = replace(schedule, outputs=source.header.tensors, measured=(), early=(), late=())
-        return ShardPlan(component.name, source, path, tensors, schedule, prefix + source.header.raw)
-    metadata = {"format": "pt", **source.header.metadata, layout.METADATA_KEY: layout.encode_modules(modules)}
-    header = encode_header(schedule.outputs, metadata)
-    return ShardPlan(component.name, source, path, tensors, schedule, header)
+        if max_shard_size is None or source.size <= max_shard_size or not schedule.outputs:
+            header = len(source.header.raw).to_bytes(PREFIX_BYTES, "little") + source.header.raw
+            whole = OutputFile("", header, schedule.outputs)
+            return ShardPlan(component.name, source, (whole,), tensors, schedule)
+    files = cut_into_files(schedule.outputs, modules, source.header.metadata, max_shard_size)
+    return ShardPlan(component.name, source, files, tensors, schedule)
+
+
+def _named(component: Component, shards: list[ShardPlan]) -> list[ShardPlan]:
+    """The shards with the paths of their files, which are numbered through the whole component."""
+    count = sum(len(shard.files) for shard in shards)
+    if count > _MOST_FILES:
+        raise ConvertError(f"{component.label} would become {count} files; choose a larger --max-shard-size.")
+    numbers = iter(range(1, count + 1))
+    return [
+        replace(
+            shard,
+            files=tuple(
+                replace(file, path=component.path(layout.shard_name(component.stem, next(numbers), count)))
+                for file in shard.files
+            ),
+        )
+        for shard in shards
+    ]
 
 
 def _config(component: Component, rules: ComponentRules, shards: list[ShardPlan], recipe: Recipe) -> dict[str, Any]:
@@ -362,7 +393,12 @@ def _config(component: Component, rules: ComponentRules, shards: list[ShardPlan]
 
 
 def _index(component: ComponentPlan) -> bytes:
-    weight_map = {o.name: s.path.rpartition("/")[2] for s in component.shards for o in s.schedule.outputs}
+    weight_map = {
+        output.name: file.path.rpartition("/")[2]
+        for shard in component.shards
+        for file in shard.files
+        for output in file.outputs
+    }
     total = component.weight_bytes[1]
     return layout.encode_json({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
@@ -385,7 +421,7 @@ def _component_json(component: ComponentPlan) -> dict[str, Any]:
         "shards": [
             {
                 "source": s.source.path,
-                "path": s.path,
+                "paths": [file.path for file in s.files],
                 "bytes_before": s.source.size,
                 "bytes_after": s.size,
                 "tensors": [_tensor_json(t) for t in s.tensors],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Protocol, TextIO
 
 from tqdm import tqdm
@@ -12,11 +13,12 @@ _LINE_EVERY_S = 10.0
 
 
 class Progress(Protocol):
-    """What `convert` tells of its work; bytes are source bytes."""
+    """What `convert` tells of its work; bytes are source bytes. `finishing`: from now on it is too late to stop."""
 
     def start(self, total: int) -> None: ...
     def advance(self, count: int) -> None: ...
     def say(self, line: str) -> None: ...
+    def finishing(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -26,14 +28,16 @@ class Silent:
     def start(self, total: int) -> None: ...
     def advance(self, count: int) -> None: ...
     def say(self, line: str) -> None: ...
+    def finishing(self) -> None: ...
     def close(self) -> None: ...
 
 
 class Bar:
     """A tqdm bar with bytes, rate and time left."""
 
-    def __init__(self, out: TextIO) -> None:
+    def __init__(self, out: TextIO, on_finishing: Callable[[], None] = lambda: None) -> None:
         self._out = out
+        self.finishing = on_finishing
         self._bar: tqdm[None] | None = None
 
     def start(self, total: int) -> None:
@@ -54,8 +58,9 @@ class Bar:
 class Lines:
     """A line at most every ten seconds, for logs."""
 
-    def __init__(self, out: TextIO) -> None:
+    def __init__(self, out: TextIO, on_finishing: Callable[[], None] = lambda: None) -> None:
         self._out = out
+        self.finishing = on_finishing
         self._total = self._done = 0
         self._started = self._last = time.monotonic()
 
@@ -78,7 +83,7 @@ class Lines:
     def close(self) -> None: ...
 
 
-def for_terminal(out: TextIO | None = None) -> Progress:
-    """A bar if `out` (stderr by default) is a terminal, else plain lines."""
+def for_terminal(out: TextIO | None = None, *, on_finishing: Callable[[], None] = lambda: None) -> Progress:
+    """A bar if `out` (stderr by default) is a terminal, else plain lines. on_finishing: see `Progress.finishing`."""
     out = out or sys.stderr
-    return Bar(out) if out.isatty() else Lines(out)
+    return Bar(out, on_finishing) if out.isatty() else Lines(out, on_finishing)

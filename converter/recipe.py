@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,6 +15,7 @@ from .layout import Block
 from .manifest import Manifest
 
 ACTIVATION_SCHEMES = ("dynamic", "static")
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def tool_version() -> str:
@@ -27,7 +29,8 @@ class Recipe:
 
     ignored_layers: patterns beside the manifest's. components: restricts the conversion to these folders; () is
     all that the manifest converts. block: block size for the DiT's weights, None for the manifest's choice.
-    input_scales: per module the activation scale of the static scheme.
+    input_scales: per module the activation scale of the static scheme. max_shard_size: the most bytes of an output
+    file, as far as whole tensors allow; None cuts none.
     """
 
     manifest: Manifest
@@ -37,6 +40,7 @@ class Recipe:
     block: Block | None = None
     activation_scheme: str = "dynamic"
     input_scales: Mapping[str, float] | None = None
+    max_shard_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.activation_scheme not in ACTIVATION_SCHEMES:
@@ -64,12 +68,32 @@ class Recipe:
             "compact": self.compact,
             "weight_block_size": list(self.block) if self.block else None,
             "activation_scheme": self.activation_scheme,
+            "max_shard_size": self.max_shard_size,
             "input_scales_sha256": _digest(dict(self.input_scales)) if self.input_scales else None,
         }
 
     def sha256(self) -> str:
         """A digest of the recipe and the tool's version: equal digests over equal sources give equal bytes."""
-        return _digest({"tool": tool_version(), **self.to_json()})
+        return recipe_sha256(tool_version(), self.to_json())
+
+
+def recipe_sha256(version: str, recipe: Mapping[str, Any]) -> str:
+    """The digest of a recipe, as the record states it, under a version of the tool."""
+    return _digest({"tool": version, **recipe})
+
+
+def parse_size(size: int | str | None) -> int | None:
+    """Bytes from a size as diffusers writes it: a number, or "5GB", "500MB", "200KB" (decimal units); None is no size.
+
+    Raises ConvertError for anything else, and for sizes below one byte.
+    """
+    if size is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", str(size), re.IGNORECASE | re.ASCII)
+    found = 0 if match is None else int(float(match[1]) * _UNITS[match[2].upper()])
+    if found < 1 or isinstance(size, bool):
+        raise ConvertError(f"The shard size {size!r:.40} is unknown; give one such as 5GB or 500MB.")
+    return found
 
 
 def _digest(data: Any) -> str:

@@ -21,12 +21,13 @@ from .plan import ComponentPlan, Plan, Row, rows
 from .recipe import tool_version
 from .target import Done
 
-_SEAL = "record_sha256"
+SEAL = "record_sha256"
 
 # What readers of a record rely on: a type, (alternatives), [items], {key: value} or {str: value} for any names.
 _TEXT_OR_NONE = (str, NoneType)
 _SHAPE: Mapping[Any, Any] = {
     "tool_version": str,
+    "recipe_sha256": str,
     "source": {"repo": _TEXT_OR_NONE, "commit": _TEXT_OR_NONE, "pipeline": _TEXT_OR_NONE},
     "recipe": {
         "manifest": str,
@@ -36,25 +37,27 @@ _SHAPE: Mapping[Any, Any] = {
         "compact": bool,
         "weight_block_size": ([int], NoneType),
         "activation_scheme": str,
+        "max_shard_size": (int, NoneType),
         "input_scales_sha256": _TEXT_OR_NONE,
     },
     "components": {
         str: {
             "class": _TEXT_OR_NONE,
             "fp8_modules": {str: int},
+            "shared_scales": [[str]],
             "decisions": [
                 {"mode": _TEXT_OR_NONE, "kind": _TEXT_OR_NONE, "rule": str, "why": str, "dtypes": {str: int}}
             ],
         }
     },
-    "shards": {str: {"size": int, "sha256": str}},
+    "shards": {str: {"size": int, "sha256": str, "source": str, "source_size": int, "source_sha256": str}},
     "files": {str: {"size": int, "sha256": str}},
 }
 
 
 def make_record(plan: Plan, done: Mapping[str, Done]) -> dict[str, Any]:
     """The record of a finished conversion; `done` has every output file but the record itself."""
-    shards = {s.path: s for s in plan.shards}
+    sources = {file.path: shard.source for shard in plan.shards for file in shard.files}
     return seal(
         {
             "format": layout.RECORD_FORMAT,
@@ -72,11 +75,11 @@ def make_record(plan: Plan, done: Mapping[str, Done]) -> dict[str, Any]:
                 path: {
                     "size": done[path].size,
                     "sha256": done[path].sha256,
-                    "source": shards[path].source.path,
+                    "source": sources[path].path,
                     "source_size": done[path].source_size,
                     "source_sha256": done[path].source_sha256,
                 }
-                for path in sorted(shards)
+                for path in sorted(sources)
             },
             "files": {p: {"size": d.size, "sha256": d.sha256} for p, d in sorted(done.items())},
         }
@@ -86,7 +89,7 @@ def make_record(plan: Plan, done: Mapping[str, Done]) -> dict[str, Any]:
 def seal(record: Mapping[str, Any]) -> dict[str, Any]:
     """The record with a digest of itself, so that a damaged record is found too."""
     text = json.dumps(record, sort_keys=True, separators=(",", ":"))
-    return {**record, _SEAL: hashlib.sha256(text.encode()).hexdigest()}
+    return {**record, SEAL: hashlib.sha256(text.encode()).hexdigest()}
 
 
 def read_record(root: Path) -> dict[str, Any] | None:
@@ -114,7 +117,7 @@ def check_record(root: Path) -> str | None:
     if problem := _problem(record):
         return problem
     try:
-        as_written = seal({k: v for k, v in record.items() if k != _SEAL}) == record
+        as_written = seal({k: v for k, v in record.items() if k != SEAL}) == record
         as_written = as_written and layout.encode_json(record) == raw
     except (ValueError, RecursionError):  # what no encoder writes, such as half a surrogate pair
         as_written = False
@@ -192,6 +195,7 @@ def _component(component: ComponentPlan) -> dict[str, Any]:
         },
         "bytes_before": before,
         "bytes_after": after,
+        "shared_scales": _shared_scales(component),
         "decisions": [
             {
                 "mode": r.mode,
@@ -208,6 +212,15 @@ def _component(component: ComponentPlan) -> dict[str, Any]:
             for r in rows(component)
         ],
     }
+
+
+def _shared_scales(component: ComponentPlan) -> list[list[str]]:
+    """The modules of every fusion group that is converted with one scale per tensor: they have the same one."""
+    groups: dict[str, list[str]] = {}
+    for tensor in component.tensors:
+        if tensor.decision.group is not None:
+            groups.setdefault(tensor.decision.group, []).append(tensor.module)
+    return sorted(sorted(modules) for modules in groups.values())
 
 
 def _dtypes(component: ComponentPlan, row: Row) -> dict[str, int]:

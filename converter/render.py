@@ -64,11 +64,15 @@ def render_inspection(inspection: Inspection, width: int | None = None) -> str:
 
 def render_result(result: Result) -> str:
     """The summary of a finished conversion, one line."""
-    resumed = f", {_plural(result.resumed_shards, 'shard')} resumed" if result.resumed_shards else ""
-    return (
-        f"wrote {result.output}: {_change(result.bytes_before, result.bytes_after)} in {result.seconds:.1f} s "
-        f"({result.gigabytes_per_second:.2f} GB/s, peak RSS {result.peak_rss / 2**20:.0f} MiB{resumed})"
-    )
+    change = _change(result.bytes_before, result.bytes_after)
+    if result.already_done:
+        return f"already done: {result.output}, {change}, snapshot {result.snapshot_sha256[:12]}"
+    details = [f"{result.gigabytes_per_second:.2f} GB/s"]
+    if result.peak_rss is not None:
+        details.append(f"peak RSS {result.peak_rss / 2**20:.0f} MiB")
+    if result.resumed_shards:
+        details.append(f"{_plural(result.resumed_shards, 'shard')} resumed")
+    return f"wrote {result.output}: {change} in {result.seconds:.1f} s ({', '.join(details)})"
 
 
 def render_verification(verification: Verification) -> str:

@@ -63,6 +63,7 @@ class Shard:
     header: Header
     local: Path | None
     sha256: str | None = None  # what the Hub says of it
+    stat: tuple[int, ...] | None = None  # of a local file, before its header was read
 
 
 @dataclass(frozen=True)
@@ -255,14 +256,27 @@ def _component(
         return None
     default_stem = STEMS.get(library, STEMS["diffusers"])
     stem, index, shard_names = _choose_weights(files, prefix, names, default_stem, variant, label)
-    shards = tuple(
-        Shard(p, sizes[p], files.header(p), files.local(p), files.sha256(p)) for p in (prefix + n for n in shard_names)
-    )
+    shards = tuple(_shard(files, prefix + n, sizes[prefix + n]) for n in shard_names)
     component = Component(
         name, library, class_name or _class_name(config), config, stem, shards, index and prefix + index
     )
     _check_tensors(files, component)
     return component
+
+
+def _shard(files: Files, path: str, size: int) -> Shard:
+    local = files.local(path)
+    stat = None if local is None else file_stat(local)  # before the header: what changes later is noticed
+    return Shard(path, size, files.header(path), local, files.sha256(path), stat)
+
+
+def file_stat(path: Path) -> tuple[int, ...]:
+    """What tells, without reading it, that a file is the one seen before. Raises ResumableError."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise ResumableError(f"{path} cannot be opened ({error.strerror}); check the path and permissions.") from error
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def _choose_weights(

@@ -82,7 +82,7 @@ def stream_shard(
     amaxes: Mapping[str, float] | None = None,
     input_scales: Mapping[str, float] | None = None,
     hasher: Hasher | None = None,
-) -> Iterator[Chunk]:
+) -> Generator[Chunk, None, None]:
     """Yield the pieces of every output tensor, in the order and without the gaps of the output file.
 
     amaxes: for every group of `shard.schedule.measured` its amax, from `measure`. hasher: fed the whole source file

@@ -7,31 +7,34 @@ no reason to stop: what can still be read is still checked. Nothing in the folde
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import torch
 
 from . import layout
-from .errors import ConvertError
+from .errors import ConvertError, ResumableError
 from .header import Header, TensorInfo, read_header
-from .locate import SourceOptions, fetch, open_source
+from .locate import SourceOptions, fetch, local_folder, open_source
 from .manifest import Manifest, load_manifest, shipped
 from .modules import module_map
 from .plan import Plan, ShardPlan, make_plan
 from .progress import Progress, Silent
 from .reading import open_for_reading, read_exactly
-from .recipe import ACTIVATION_SCHEMES, Recipe
-from .record import check_record, read_record
+from .recipe import ACTIVATION_SCHEMES, Recipe, recipe_sha256
+from .record import SEAL, check_record, make_record, read_record
+from .sharding import OutputFile
 from .source import CONFIG, Component, LocalFiles, Shard, Snapshot, describe, require_folder
-from .stream import Engine, measure, stream_shard
-from .target import STAGING
+from .stream import Chunk, Engine, measure, stream_shard
+from .target import STAGING, Done
 from .writing import file_sha256
 
 _SCALE_BYTES_AT_ONCE = 1 << 20
@@ -111,9 +114,30 @@ def _check_files(root: Path, record: Mapping[str, Any], progress: Progress) -> I
         if problem := _damage(root / name, entry):
             yield Finding(name, problem)
         progress.advance(entry["size"])
-    for name in LocalFiles(root).sizes():
-        if name not in files and name != layout.RECORD_FILE and name.endswith((".safetensors", ".json")):
-            yield Finding(name, "is not in the record")
+    yield from _unlisted(root, {*files, layout.RECORD_FILE})
+
+
+def _unlisted(root: Path, listed: Collection[str]) -> Iterator[Finding]:
+    """Every file that is not listed, dot files included; a folder without any listed file is one finding."""
+    folders = {parent.as_posix() for path in listed for parent in PurePosixPath(path).parents}
+    seen: set[tuple[int, int]] = set()
+    for where, below, names in os.walk(root, followlinks=True):  # a reader follows links too
+        here = Path(where).relative_to(root).as_posix()
+        about = os.stat(where)
+        if (about.st_dev, about.st_ino) in seen:  # a link to a folder that was looked at
+            below.clear()
+            continue
+        seen.add((about.st_dev, about.st_ino))
+        prefix = "" if here == "." else f"{here}/"
+        for name in sorted(names):
+            if prefix + name not in listed:
+                yield Finding(prefix + name, "is not in the record")
+        for name in sorted(below):
+            if prefix + name not in folders:
+                below.remove(name)
+                if count := sum(len(files) for _, _, files in os.walk(Path(where, name))):
+                    yield Finding(f"{prefix}{name}/", f"is not in the record ({count} files)")
+        below.sort()
 
 
 def _damage(file: Path, entry: Mapping[str, Any]) -> str | None:
@@ -173,6 +197,7 @@ def _check_structure(root: Path, record: Mapping[str, Any], found: list[Finding]
         missing = not component.config and component.path(CONFIG) in damaged
         if component.name in record["components"] and not missing:
             found += _check_component(component, record["components"][component.name]["fp8_modules"])
+            found += _check_shared_scales(root, component, record["components"][component.name]["shared_scales"])
     return shards
 
 
@@ -241,6 +266,29 @@ def _check_component(component: Component, recorded: Mapping[str, int]) -> Itera
         yield from _check_config(component, modules)
 
 
+def _check_shared_scales(root: Path, component: Component, groups: Sequence[Sequence[str]]) -> Iterator[Finding]:
+    """Whether the members of each fusion group have one scale, bit for bit: runtimes that fuse them need that."""
+    scales: dict[str, bytes] = {}
+    for shard in component.shards:
+        with contextlib.suppress(OSError), open(root / shard.path, "rb") as file:  # found with its digest
+            for tensor in shard.header.tensors:
+                if tensor.name.endswith(layout.WEIGHT_SCALE) and (tensor.dtype, tensor.shape) == ("F32", ()):
+                    file.seek(shard.header.data_start + tensor.start)
+                    scales[tensor.name.removesuffix(layout.WEIGHT_SCALE)] = file.read(4)
+    for modules in groups:
+        found = {module: scales[module] for module in modules if module in scales}
+        if len(found) < len(modules):
+            absent = next(module for module in modules if module not in found)
+            yield Finding(layout.RECORD_FILE, f"names the shared scale of {absent}, which has none")
+        elif len({*found.values()}) > 1 and all(map(_is_usable, found.values())):  # else found
+            yield Finding(component.name or ".", f"{', '.join(modules)} must share one scale and do not")
+
+
+def _is_usable(scale: bytes) -> bool:
+    value = float(np.frombuffer(scale, np.float32)[0]) if len(scale) == 4 else 0.0
+    return np.isfinite(value) and value > 0
+
+
 def _check_config(component: Component, modules: Mapping[str, tuple[str, str]]) -> Iterator[Finding]:
     """What readers take from the config: which layers are FP8, and how."""
     path = component.path(CONFIG)
@@ -302,8 +350,23 @@ def _usable(path: Path, header: Header, scale: TensorInfo) -> bool:
 def _original(
     root: Path, record: Mapping[str, Any], source: str | os.PathLike[str], options: SourceOptions
 ) -> Snapshot:
-    """The source, with its files on this machine. Raises ConvertError if the snapshot cannot have come from it."""
-    snapshot = open_source(source, options)
+    """The source, with its files on this machine. Raises ConvertError if the snapshot cannot have come from it.
+
+    A Hub repository that the record names is read at the commit that the record names, unless another is asked for.
+    """
+    stated_source = record["source"]
+    stated_commit = stated_source["commit"]
+    by_record = options.revision is None and stated_source["repo"] == os.fspath(source) and local_folder(source) is None
+    if by_record and stated_commit is not None:
+        options = replace(options, revision=stated_commit)
+    try:
+        snapshot = open_source(source, options)
+    except ResumableError:
+        raise
+    except ConvertError as error:
+        if not (by_record and stated_commit is not None):
+            raise
+        raise ConvertError(f"{root} says that it was made from the commit {stated_commit!r:.80}: {error}") from error
     stated = _classes(record)
     given = {c.name: c.class_name for c in snapshot.components}
     if stated == given:
@@ -353,58 +416,134 @@ def _compare(
     damaged: Collection[str],
     progress: Progress,
 ) -> Iterator[Finding]:
-    """Convert the source again in memory and compare header, codes and scales; files in `damaged` have a finding."""
+    """Convert the source again in memory and compare all that it determines; files in `damaged` have a finding.
+
+    Headers, codes and scales are compared with the files; everything else by digest, and the record field by field.
+    """
     try:
         plan = make_plan(snapshot, _recipe(root, record, manifest))
     except ConvertError as error:
         yield Finding(".", f"cannot be compared with its source: {error}")
         return
     progress.start(plan.bytes_to_read)
+    done: dict[str, Done] = {}
     for shard in plan.shards:
-        if shard.path not in record["shards"]:
-            yield Finding(shard.path, "is missing, though the source gives it")
-        elif (root / shard.path).is_file():
-            try:  # with an engine for each, since an error leaves one without some of its buffers
-                with Engine(workers=max(1, (os.cpu_count() or 2) - 1)) as engine:
-                    yield from _compare_shard(root, shard, plan, engine, shard.path in damaged)
-            except ConvertError as error:
-                yield Finding(shard.path, f"cannot be compared with its source: {error}")
+        digests = yield from _compare_shard(root, shard, plan, damaged)
+        for file in shard.files:
+            stated = record["files"].get(file.path, {})
+            done[file.path] = Done(
+                file.path, file.size, stated.get("sha256", ""), shard.source.size, digests.get(shard.source.path)
+            )
         progress.advance(shard.source.size)
     progress.close()
-    for path in sorted(set(record["shards"]) - {s.path for s in plan.shards}):
-        yield Finding(path, "is not what the source gives")
     for path, data in plan.files.items():
-        if path not in damaged and (not (root / path).is_file() or (root / path).read_bytes() != data):
+        done[path] = Done(path, len(data), hashlib.sha256(data).hexdigest())
+    for path in plan.sidecars:
+        data = snapshot.files.read(path)
+        done[path] = Done(path, len(data), hashlib.sha256(data).hexdigest())
+    yield from _compare_files(record, done, {f.path for f in plan.weight_files}, damaged)
+    yield from _compare_record(record, make_record(plan, done))
+
+
+def _compare_files(
+    record: Mapping[str, Any], given: Mapping[str, Done], weights: Collection[str], damaged: Collection[str]
+) -> Iterator[Finding]:
+    """Files that the source gives against those that the record has; the record's digests were checked before."""
+    for path, done in given.items():
+        stated = record["files"].get(path)
+        if stated is None and path not in damaged:
+            yield Finding(path, "is missing, though the source gives it")
+        elif stated is not None and path not in damaged and path not in weights and stated["sha256"] != done.sha256:
             yield Finding(path, "differs from what the source gives")
+    for path in sorted(record["files"].keys() - given.keys()):
+        yield Finding(path, "is not what the source gives")
 
 
-def _compare_shard(root: Path, shard: ShardPlan, plan: Plan, engine: Engine, damaged: bool) -> Iterator[Finding]:
-    fd = open_for_reading(root / shard.path, shard.path)
-    try:
-        size = os.fstat(fd).st_size
-        header = bytearray(min(size, len(shard.header)))
-        read_exactly(fd, memoryview(header), 0, shard.path)
-        if header != shard.header:
-            if not damaged:
-                yield Finding(shard.path, "has another header than the source gives")
-            if size != shard.size:  # the data need not lie where the plan has them
-                return
-        siblings = [s for s in plan.shards if s.component == shard.component]
-        amaxes = measure(siblings, shard.schedule.measured, engine)
-        position = len(shard.header)
-        wrong: dict[str, None] = {}
-        for chunk in stream_shard(shard, engine, amaxes=amaxes, input_scales=plan.input_scales):
-            written = torch.empty(chunk.data.numel(), dtype=torch.uint8, device="cpu")
-            whole = position + len(written) <= size
-            if whole:
-                read_exactly(fd, written.numpy().data, position, shard.path)
-            position += len(written)
-            if not (whole and torch.equal(written, chunk.data)):
-                wrong[chunk.name] = None
-        for name in wrong:
-            yield Finding(shard.path, f"{name} differs from what the source gives")
-    finally:
-        os.close(fd)
+def _compare_record(record: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[Finding]:
+    """The record's fields against those that source and recipe give; digests of files are compared elsewhere."""
+    expected = {**given, "tool_version": record["tool_version"]}
+    # The scales came from a file of the user's, of which the snapshot holds the maximum over each fusion group.
+    expected["recipe"] = {**given["recipe"], "input_scales_sha256": record["recipe"]["input_scales_sha256"]}
+    expected["recipe_sha256"] = recipe_sha256(record["tool_version"], expected["recipe"])
+    if given["source"]["repo"] is None or record["source"]["repo"] is None:  # a folder makes no claim
+        names = {key: record["source"][key] for key in ("repo", "commit")}
+        expected["source"] = {**given["source"], **names}
+    for part in ("files", SEAL):
+        expected[part] = record[part]
+    for path, entry in expected["shards"].items():
+        stated = record["shards"].get(path, {})
+        expected["shards"][path] = {**entry, **{k: stated[k] for k in ("size", "sha256") if k in stated}}
+        if entry["source_sha256"] is None and "source_sha256" in stated:  # could not be read to its end: found
+            expected["shards"][path]["source_sha256"] = stated["source_sha256"]
+    for problem in _differences(record, expected, "the record"):
+        yield Finding(layout.RECORD_FILE, problem)
+
+
+def _differences(stated: Any, expected: Any, where: str) -> Iterator[str]:
+    """Where two JSON values differ, in words."""
+    if isinstance(stated, dict) and isinstance(expected, dict):
+        for key in sorted(stated.keys() | expected.keys()):
+            name = f"{key!r:.80} of {where}"
+            if key not in expected:
+                yield f"{name} is not what the source gives"
+            elif key not in stated:
+                yield f"{name} is missing"
+            else:
+                yield from _differences(stated[key], expected[key], name)
+    elif stated != expected or type(stated) is not type(expected):
+        yield f"{where} is {stated!r:.80}, and the source gives {expected!r:.80}"
+
+
+def _compare_shard(
+    root: Path, shard: ShardPlan, plan: Plan, damaged: Collection[str]
+) -> Generator[Finding, None, dict[str, str]]:
+    """Compare the files that a source shard gives; returns the digest of the source, if it was read to its end."""
+    hasher = hashlib.sha256()
+    with contextlib.ExitStack() as opened:
+        files = []
+        for file in shard.files:
+            if (root / file.path).is_file():
+                fd = open_for_reading(root / file.path, file.path)
+                opened.callback(os.close, fd)
+                problem = _header_problem(fd, file)
+                if problem and file.path not in damaged:
+                    yield Finding(file.path, problem)
+                if problem is None or os.fstat(fd).st_size == file.size:  # else the data need not lie as planned
+                    files.append((file, fd))
+        try:  # with an engine for each shard, since an error leaves one without some of its buffers
+            with Engine(workers=max(1, (os.cpu_count() or 2) - 1)) as engine:
+                siblings = [s for s in plan.shards if s.component == shard.component]
+                amaxes = measure(siblings, shard.schedule.measured, engine)
+                chunks = stream_shard(shard, engine, amaxes=amaxes, input_scales=plan.input_scales, hasher=hasher)
+                for path, name in dict.fromkeys(_differing(chunks, files)):
+                    yield Finding(path, f"{name} differs from what the source gives")
+        except ConvertError as error:
+            yield Finding(shard.files[0].path, f"cannot be compared with its source: {error}")
+            return {}
+    return {shard.source.path: hasher.hexdigest()}
+
+
+def _header_problem(fd: int, file: OutputFile) -> str | None:
+    header = bytearray(min(os.fstat(fd).st_size, len(file.header)))
+    read_exactly(fd, memoryview(header), 0, file.path)
+    return None if header == file.header else "has another header than the source gives"
+
+
+def _differing(chunks: Iterator[Chunk], files: Sequence[tuple[OutputFile, int]]) -> Iterator[tuple[str, str]]:
+    """File and tensor of every chunk that is not what the open `files` hold in its place."""
+    position = 0
+    for chunk in chunks:
+        start, position = position, position + chunk.data.numel()
+        file, fd = next(((f, d) for f, d in files if f.start <= start and position <= f.stop), (None, -1))
+        if file is None:
+            continue
+        offset = len(file.header) + start - file.start
+        written = torch.empty(chunk.data.numel(), dtype=torch.uint8, device="cpu")
+        whole = offset + len(written) <= os.fstat(fd).st_size
+        if whole:
+            read_exactly(fd, written.numpy().data, offset, file.path)
+        if not (whole and torch.equal(written, chunk.data)):
+            yield file.path, chunk.name
 
 
 def _recipe(root: Path, record: Mapping[str, Any], manifest: Manifest) -> Recipe:
@@ -418,6 +557,7 @@ def _recipe(root: Path, record: Mapping[str, Any], manifest: Manifest) -> Recipe
         compact=stated["compact"],
         block=(block[0], block[1]) if block else None,
         activation_scheme=stated["activation_scheme"],
+        max_shard_size=stated["max_shard_size"],
         input_scales=_stored_input_scales(root, record) if stated["input_scales_sha256"] else None,
     )
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +47,8 @@ class Weights:
             position += len(data)
         return tensors
 
-    def write(self, folder: Path) -> list[ShardPlan]:
-        """Write the source files and plan them."""
+    def write(self, folder: Path, max_shard_size: int | None = None) -> list[ShardPlan]:
+        """Write the source files and plan them; source N gives out-N.safetensors, and if cut out-N-1.safetensors…"""
         plans = []
         for number, tensors in enumerate(self.shards):
             path = folder / f"source-{number}.safetensors"
@@ -56,9 +56,10 @@ class Weights:
             header = read_header(path, path.name)
             planned = tuple(PlannedTensor(t, self.decisions.get(t.name, KEPT)) for t in header.tensors)
             source = Shard(path.name, path.stat().st_size, header, path)
-            plans.append(
-                _plan_shard(COMPONENT, source, f"out-{number}.safetensors", planned, self.spread, self.input_scales)
-            )
+            plan = _plan_shard(COMPONENT, source, planned, self.spread, self.input_scales, max_shard_size)
+            names = [f"out-{number}{f'-{i}' if i else ''}.safetensors" for i in range(len(plan.files))]
+            files = tuple(replace(file, path=name) for file, name in zip(plan.files, names, strict=True))
+            plans.append(replace(plan, files=files))
         return plans
 
     def expected(self) -> list[dict[str, reference.Tensor]]:

@@ -164,8 +164,9 @@ def test_dry_run_json_foretells_the_conversion(converted: Path) -> None:
     written = [p for p in converted.rglob("*") if p.is_file() and p.name != "fp8_convert.json"]
     assert plan["bytes_to_write"] == sum(p.stat().st_size for p in written)
     for shard in (s for c in plan["components"] for s in c["shards"]):
-        tensors = load_file(converted / shard["path"])
-        assert (converted / shard["path"]).stat().st_size == shard["bytes_after"]
+        (path,) = shard["paths"]
+        tensors = load_file(converted / path)
+        assert (converted / path).stat().st_size == shard["bytes_after"]
         for tensor in shard["tensors"]:
             stored = tensors[tensor["name"]]
             assert (stored.dtype == torch.float8_e4m3fn) == (tensor["decision"] == "fp8")
@@ -301,7 +302,7 @@ def test_an_error_closes_the_progress_bar(tmp_path: Path, monkeypatch: pytest.Mo
         def close(self) -> None:
             events.append("closed")
 
-    monkeypatch.setattr("fp8_convert.converter.cli.for_terminal", Recorded)
+    monkeypatch.setattr("fp8_convert.converter.cli.for_terminal", lambda **_: Recorded())
     assert "NaN" in run(source, "-o", tmp_path / "out", code=1).stderr
     assert events == ["closed"]
 

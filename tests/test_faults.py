@@ -22,7 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fp8_convert.converter import ConvertError, ResumableError, convert, verify
+from fp8_convert.converter import ConvertError, ResumableError, convert, run, verify
 from fp8_convert.converter.plan import ShardPlan
 from fp8_convert.converter.stream import Chunk, stream_shard
 from fp8_convert.converter.target import STAGING, Target, open_target
@@ -337,14 +337,14 @@ def test_a_source_that_vanishes_midway_loses_nothing(
 ) -> None:
     vanishing, output = copied(source, tmp_path / "source"), tmp_path / "out"
     done = len(interrupted(vanishing, output, monkeypatch))
-    resume = Target.resume
+    begin = Target.begin
 
-    def vanish(target: Target, key: str) -> bool:
+    def vanish(target: Target, key: str, **settings: Any) -> bool:
         shutil.rmtree(vanishing / "transformer")
-        return resume(target, key)
+        return begin(target, key, **settings)
 
     with monkeypatch.context() as gone:
-        gone.setattr(Target, "resume", vanish)
+        gone.setattr(Target, "begin", vanish)
         with pytest.raises(ResumableError, match="cannot be opened"):
             convert(vanishing, output)
     shutil.rmtree(vanishing)
@@ -359,7 +359,7 @@ def test_a_forced_run_that_was_interrupted_leaves_the_snapshot_protected(
     convert(source, output)
     before = digests(output)
     interrupted(source, output, monkeypatch, ignored_layers=["layers.0"], force=True)
-    with pytest.raises(ConvertError, match="finished FP8 snapshot; pass --force"):
+    with pytest.raises(ConvertError, match=r"made otherwise \(ignored_layers was .*; pass --force"):
         convert(source, output, ignored_layers=["layers.1"])
     assert {p: d for p, d in digests(output).items() if STAGING not in p} == before
     assert convert(source, output, ignored_layers=["layers.0"]).resumed_shards > 0
@@ -394,9 +394,9 @@ def test_a_lock_that_its_holder_removed_is_not_taken(tmp_path: Path, monkeypatch
     def flock(fd: int, how: int) -> None:
         shutil.rmtree(tmp_path / "out" / STAGING)  # the holder finishes between our open and our lock
 
-    monkeypatch.setattr("fp8_convert.converter.target.fcntl.flock", flock)
+    monkeypatch.setattr("fcntl.flock", flock)
     with pytest.raises(ConvertError, match="Another fp8-convert is writing"):
-        open_target(tmp_path / "out", force=False)
+        open_target(tmp_path / "out", [], force=False)
 
 
 def test_a_source_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path) -> None:
@@ -404,11 +404,11 @@ def test_a_source_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pyt
 
     def touching(shard: ShardPlan, *arguments: Any, **settings: Any) -> Iterator[Chunk]:
         yield from stream_shard(shard, *arguments, **settings)
-        if shard.path.startswith("transformer/") and shard.source.local is not None:
+        if shard.component == "transformer" and shard.source.local is not None:
             os.utime(shard.source.local, ns=(1, 1))
 
     with monkeypatch.context() as touched:
-        touched.setattr(sys.modules["fp8_convert.converter.convert"], "stream_shard", touching)
+        touched.setattr(run, "stream_shard", touching)
         with pytest.raises(ResumableError, match=r"transformer/.* changed while it was read; run again"):
             convert(changing, output)
     convert(changing, output)
@@ -426,11 +426,11 @@ def test_another_recipe_is_not_mixed_in(tmp_path: Path, monkeypatch: pytest.Monk
 def test_resuming_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path) -> None:
     output = tmp_path / "out"
     finished = interrupted(source, output, monkeypatch)
-    times = {path: path.stat().st_mtime_ns for path in finished}
+    inodes = [path.stat().st_ino for path in finished]
     result = convert(source, output)
     assert result.resumed_shards == len(finished)
     moved = [output / path.relative_to(output / STAGING / "new") for path in finished]
-    assert [path.stat().st_mtime_ns for path in moved] == list(times.values())
+    assert [path.stat().st_ino for path in moved] == inodes
 
 
 def is_sound(output: Path) -> bool:
@@ -490,7 +490,7 @@ def test_the_lock_dies_with_its_process(source: Path, undisturbed: dict[str, str
             sys.executable,
             "-c",
             "import sys, pathlib\nfrom fp8_convert.converter.target import open_target\n"
-            "t = open_target(pathlib.Path(sys.argv[1]), force=False)\nprint('held', flush=True)\nsys.stdin.read()",
+            "t = open_target(pathlib.Path(sys.argv[1]), [], force=False)\nprint('held', flush=True)\nsys.stdin.read()",
             str(output),
         ],
         stdin=subprocess.PIPE,

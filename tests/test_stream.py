@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +21,8 @@ import torch
 from fp8_convert.converter import ConvertError, ResumableError, convert
 from fp8_convert.converter import schedule as schedule_module
 from fp8_convert.converter import stream as stream_module
+from fp8_convert.converter.header import read_header
+from fp8_convert.converter.layout import decode_modules, scale_key, scheme_block
 from fp8_convert.converter.plan import ShardPlan
 from fp8_convert.converter.stream import Chunk, Engine, measure, stream_shard
 from hypothesis import given
@@ -45,8 +47,10 @@ def resize(patch: pytest.MonkeyPatch, slot_bytes: int, slots: int) -> None:
         patch.setattr(module, "POOL_BYTES", slot_bytes * slots)
 
 
-def streamed(plans: Sequence[ShardPlan], engine: Engine, input_scales: Mapping[str, float], folder: Path) -> list[Path]:
-    """Convert all shards and write them as the disk writer would; checks what holds of every stream."""
+def streamed(
+    plans: Sequence[ShardPlan], engine: Engine, input_scales: Mapping[str, float], folder: Path
+) -> list[list[Path]]:
+    """Convert all shards and write their files as the disk writer would; checks what holds of every stream."""
     groups = sorted({g for plan in plans for g in plan.schedule.measured})
     amaxes = measure(plans, groups, engine)
     paths = []
@@ -60,20 +64,52 @@ def streamed(plans: Sequence[ShardPlan], engine: Engine, input_scales: Mapping[s
             data += chunk.data.numpy().tobytes()
         assert len(data) == sum(o.nbytes for o in outputs.values())
         assert hasher.digest() == hashlib.sha256(plan.source.local.read_bytes()).digest()
-        paths.append(folder / plan.path)
-        paths[-1].write_bytes(plan.header + data)
+        assert b"".join(data[f.start : f.stop] for f in plan.files) == data  # files follow one another without a gap
+        for file in plan.files:
+            (folder / file.path).write_bytes(file.header + data[file.start : file.stop])
+            assert (folder / file.path).stat().st_size == file.size
+        paths.append([folder / file.path for file in plan.files])
     return paths
 
 
-def check(w: Weights, folder: Path, workers: int = 2, readers: int = 1) -> None:
+def check(
+    w: Weights, folder: Path, workers: int = 2, readers: int = 1, max_shard_size: int | None = None
+) -> list[list[Path]]:
     with Engine(workers=workers, readers=readers) as engine:
-        paths = streamed(w.write(folder), engine, w.input_scales, folder)
-    for path, expected in zip(paths, w.expected(), strict=True):
-        assert reference.read_safetensors(path) == expected
-        loaded = load_file(path)  # safetensors' own reader takes it, and sees the same
+        files = streamed(w.write(folder, max_shard_size), engine, w.input_scales, folder)
+    for paths, expected in zip(files, w.expected(), strict=True):
+        assert merged(reference.read_safetensors(path) for path in paths) == expected
+        loaded = merged(load_file(path) for path in paths)  # safetensors' own reader takes it, and sees the same
         assert {n: (tuple(t.shape), t.view(-1).view(torch.uint8).numpy().tobytes()) for n, t in loaded.items()} == {
             n: (shape, data) for n, (_, shape, data) in expected.items()
         }
+    return files
+
+
+def merged(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """One dict of several that have no key in common."""
+    whole: dict[str, Any] = {}
+    for part in parts:
+        assert not whole.keys() & part.keys()
+        whole |= part
+    return whole
+
+
+@given(weights(), st.integers(1, 4000))
+def test_any_component_cut_into_files(
+    tmp_path_factory: pytest.TempPathFactory, w: Weights, max_shard_size: int
+) -> None:
+    """Scales stay beside their weight, and what was aligned stays aligned."""
+    folder = tmp_path_factory.mktemp("cut")
+    crooked = {o.name for plan in w.write(folder) for o in plan.schedule.outputs if o.start % o.itemsize}
+    for path in (path for paths in check(w, folder, max_shard_size=max_shard_size) for path in paths):
+        header = read_header(path, path.name)
+        dtypes = {t.name: t.dtype for t in header.tensors}
+        assert {t.name for t in header.tensors if t.start % t.itemsize} <= crooked
+        modules = decode_modules(header.metadata)
+        assert {m + ".weight" for m in modules} == {n for n, dtype in dtypes.items() if dtype == "F8_E4M3"}
+        for module, (_, scheme) in modules.items():
+            assert dtypes[scale_key(module, scheme_block(scheme))] == "F32"
 
 
 @given(weights(), st.sampled_from(SIZES), st.integers(1, 4), st.integers(1, 3))

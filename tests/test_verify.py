@@ -264,7 +264,7 @@ def drop(*keys: str) -> Callable[[Any], None]:
 @pytest.mark.parametrize(
     ("change", "names"),
     [
-        pytest.param(put(2, "format"), "has the format 2, and this version reads 1", id="format"),
+        pytest.param(put(1, "format"), "has the format 1, and this version reads 2", id="format"),
         pytest.param(put([], "files"), "'files' of the record is []", id="files"),
         pytest.param(put(None, "files", ...), "is None", id="a file"),
         pytest.param(put("1", "files", ..., "size"), "'size' of", id="a size as text"),

@@ -1,0 +1,90 @@
+"""Is a finished snapshot what a conversion would give? Then the command that is run again has nothing to do."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from .errors import ConvertError
+from .plan import Plan
+from .progress import Progress
+from .reading import open_for_reading
+from .recipe import tool_version
+from .source import Shard
+from .verify import verify
+from .writing import file_sha256
+
+
+def check_finished(record: Mapping[str, Any], plan: Plan, folder: Path, *, check: bool, progress: Progress) -> None:
+    """Raise ConvertError unless the snapshot in `folder`, whose record is given, is what `plan` would write.
+
+    A Hub source is the same at the same commit; a local one is read and its digests are compared. Of the output, files
+    and sizes are looked at; with `check` every digest too.
+    """
+    if differences := [*_recipe_differences(record, plan), *_source_differences(record, plan, progress)]:
+        raise ConvertError(
+            f"{folder} holds a finished FP8 snapshot made otherwise ({'; '.join(differences[:3])}); pass --force to "
+            "replace it, or choose another folder."
+        )
+    damage = [path for path, entry in record["files"].items() if _size(folder / path) != entry["size"]]
+    if not damage and check:
+        damage = [finding.path for finding in verify(folder, progress=progress).findings]
+    if damage:
+        raise ConvertError(
+            f"{folder} holds the finished snapshot, but it is damaged: {damage[0]} is not as it was written; run "
+            "`fp8-convert verify` to see all, or pass --force to convert again."
+        )
+
+
+def _recipe_differences(record: Mapping[str, Any], plan: Plan) -> Iterator[str]:
+    if record["tool_version"] != tool_version():
+        yield f"by version {record['tool_version']!s:.20}, and this is {tool_version()}"
+    for key, value in plan.recipe.to_json().items():
+        if (stated := record["recipe"].get(key)) != value:
+            yield f"{key} was {stated!r:.80} and is now {value!r:.80}"
+
+
+def _source_differences(record: Mapping[str, Any], plan: Plan, progress: Progress) -> Iterator[str]:
+    snapshot, source = plan.snapshot, record["source"]
+    for key, value in (("repo", snapshot.repo), ("commit", snapshot.commit), ("pipeline", snapshot.pipeline)):
+        if source[key] != value:
+            yield f"its source's {key} was {source[key]!s:.80} and is now {value!s:.80}"
+            return
+    shards = {shard.source.path: shard.source for shard in plan.shards}
+    stated = {entry["source"]: entry for entry in record["shards"].values()}
+    for path in sorted(stated.keys() ^ shards.keys()):
+        yield f"its source {'had' if path in stated else 'had no'} {path}"
+    if snapshot.commit is not None:
+        return  # a commit does not change
+    progress.start(plan.bytes_to_read)
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1), "fp8-hash") as threads:
+        both = sorted(stated.keys() & shards.keys())
+        for path, sha256 in zip(both, threads.map(lambda path: _sha256(shards[path]), both), strict=True):
+            progress.advance(shards[path].size)
+            if sha256 != stated[path]["source_sha256"]:
+                yield f"its source's {path} has changed"
+    progress.close()
+    for path in plan.sidecars:
+        entry = record["files"].get(path)
+        if entry is None or hashlib.sha256(snapshot.files.read(path)).hexdigest() != entry["sha256"]:
+            yield f"its source's {path} has changed"
+
+
+def _sha256(shard: Shard) -> str:
+    assert shard.local is not None
+    fd = open_for_reading(shard.local, shard.path)
+    try:
+        return file_sha256(fd)
+    finally:
+        os.close(fd)
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except OSError:
+        return None
