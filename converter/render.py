@@ -78,6 +78,7 @@ def render_result(result: Result) -> str:
 def render_verification(verification: Verification) -> str:
     """The findings, one a line, and a verdict."""
     lines = [f"{f.path}: {f.problem}" for f in verification.findings]
+    lines += [f"note: {note}" for note in verification.notes]
     against = f", compared with {verification.compared_with}" if verification.compared_with else ""
     checked = f"{verification.files} files, {verification.tensors} tensors{against}"
     verdict = "ok" if verification.ok else _plural(len(verification.findings), "finding")

@@ -8,55 +8,43 @@ no reason to stop: what can still be read is still checked. Nothing in the folde
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-import torch
 
 from . import layout
-from .errors import ConvertError, ResumableError
+from .comparison import compare, described, open_original, recorded_classes, recorded_manifest
+from .errors import ConvertError
+from .finding import Finding
 from .header import Header, TensorInfo, read_header
-from .locate import SourceOptions, fetch, local_folder, open_source
-from .manifest import Manifest, load_manifest, shipped
+from .locate import SourceOptions
 from .modules import module_map
-from .plan import Plan, ShardPlan, make_plan
 from .progress import Progress, Silent
-from .reading import open_for_reading, read_exactly
-from .recipe import ACTIVATION_SCHEMES, Recipe, recipe_sha256
-from .record import SEAL, check_record, make_record, read_record
-from .sharding import OutputFile
-from .source import CONFIG, Component, LocalFiles, Shard, Snapshot, describe, require_folder
-from .stream import Chunk, Engine, measure, stream_shard
-from .target import STAGING, Done
+from .recipe import ACTIVATION_SCHEMES
+from .record import check_record, read_record
+from .source import CONFIG, Component, LocalFiles, Shard, describe, require_folder
+from .target import STAGING
 from .writing import file_sha256
 
 _SCALE_BYTES_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
-class Finding:
-    """Something wrong with one file; the path "." stands for the whole snapshot."""
-
-    path: str
-    problem: str
-
-
-@dataclass(frozen=True)
 class Verification:
-    """What was checked, and what is wrong with it."""
+    """What was checked, and what is wrong with it. `notes` tell what could not be checked."""
 
     path: str
     files: int
     tensors: int
     compared_with: str | None
     findings: tuple[Finding, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -95,16 +83,16 @@ def verify(
     assert record is not None
     original = None
     if source is not None:  # before the long work: what is wrong with the options is said at once
-        original = _original(root, record, source, options), _manifest(root, record, manifest)
+        original = open_original(root, record, source, options), recorded_manifest(root, record, manifest)
     progress.start(sum(entry["size"] for entry in record["files"].values()))
     found = [*_check_files(root, record, progress)]
     progress.close()
     shards = _check_structure(root, record, found)
     if original is not None:
-        found += _compare(root, record, *original, {f.path for f in found}, progress)
+        found += compare(root, record, *original, {f.path for f in found}, progress)
     tensors = sum(len(s.header.tensors) for s in shards)
-    compared = None if source is None else os.fspath(source)
-    return Verification(str(root), len(record["files"]) + 1, tensors, compared, tuple(found))
+    compared, notes = (None, ()) if original is None else described(original[0], record)
+    return Verification(str(root), len(record["files"]) + 1, tensors, compared, tuple(found), notes)
 
 
 def _check_files(root: Path, record: Mapping[str, Any], progress: Progress) -> Iterator[Finding]:
@@ -182,7 +170,7 @@ def _check_structure(root: Path, record: Mapping[str, Any], found: list[Finding]
     try:
         components = describe(files, allow_converted=True).components
         shards = [shard for c in components for shard in c.shards]
-        if {c.name: c.class_name for c in components} != _classes(record):
+        if {c.name: c.class_name for c in components} != recorded_classes(record):
             found.append(Finding(layout.RECORD_FILE, "has other components than the snapshot"))
     except ConvertError as error:
         if not any(path.endswith((".safetensors", ".json")) for path in damaged):  # else that is why
@@ -345,234 +333,3 @@ def _usable(path: Path, header: Header, scale: TensorInfo) -> bool:
     except OSError:  # found with its digest
         pass
     return True
-
-
-def _original(
-    root: Path, record: Mapping[str, Any], source: str | os.PathLike[str], options: SourceOptions
-) -> Snapshot:
-    """The source, with its files on this machine. Raises ConvertError if the snapshot cannot have come from it.
-
-    A Hub repository that the record names is read at the commit that the record names, unless another is asked for.
-    """
-    stated_source = record["source"]
-    stated_commit = stated_source["commit"]
-    by_record = options.revision is None and stated_source["repo"] == os.fspath(source) and local_folder(source) is None
-    if by_record and stated_commit is not None:
-        options = replace(options, revision=stated_commit)
-    try:
-        snapshot = open_source(source, options)
-    except ResumableError:
-        raise
-    except ConvertError as error:
-        if not (by_record and stated_commit is not None):
-            raise
-        raise ConvertError(f"{root} says that it was made from the commit {stated_commit!r:.80}: {error}") from error
-    stated = _classes(record)
-    given = {c.name: c.class_name for c in snapshot.components}
-    if stated == given:
-        return fetch(snapshot, options)
-    if "" in stated and "" not in given:
-        alike = " or ".join(n for n, class_name in given.items() if class_name == stated[""])
-        raise ConvertError(
-            f"{root} holds one component, and {snapshot.label} is a whole pipeline; pass the folder of that "
-            f"component{f' ({alike})' if alike else ''} as --source."
-        )
-    if "" in given and "" not in stated:
-        raise ConvertError(
-            f"{root} holds a whole pipeline, and {snapshot.label} is one component; pass the pipeline's folder or Hub "
-            "id as --source."
-        )
-    mine, others = (", ".join(f"{n} {c!r:.80}".strip() for n, c in sorted(x.items())) for x in (stated, given))
-    raise ConvertError(
-        f"{root} was made of {mine}, and {snapshot.label} has {others}; pass its own source as --source."
-    )
-
-
-def _classes(record: Mapping[str, Any]) -> dict[str, str | None]:
-    """The components' classes by name, as the record states them."""
-    return {name: entry["class"] for name, entry in record["components"].items()}
-
-
-def _manifest(root: Path, record: Mapping[str, Any], manifest: str | None) -> Manifest:
-    """The manifest that the record names: a shipped one, or the one given."""
-    name = record["recipe"]["manifest"]
-    if manifest is None and name not in shipped():  # a path in a record is not followed
-        raise ConvertError(
-            f"There is no manifest named {name!r:.80} here; pass the one that {root} was converted with."
-        )
-    chosen = load_manifest(manifest or name)
-    if chosen.sha256 != record["recipe"]["manifest_sha256"]:
-        raise ConvertError(
-            f"{root} was converted with another version of the manifest {name!r:.80}; pass that one with --manifest."
-        )
-    return chosen
-
-
-def _compare(
-    root: Path,
-    record: Mapping[str, Any],
-    snapshot: Snapshot,
-    manifest: Manifest,
-    damaged: Collection[str],
-    progress: Progress,
-) -> Iterator[Finding]:
-    """Convert the source again in memory and compare all that it determines; files in `damaged` have a finding.
-
-    Headers, codes and scales are compared with the files; everything else by digest, and the record field by field.
-    """
-    try:
-        plan = make_plan(snapshot, _recipe(root, record, manifest))
-    except ConvertError as error:
-        yield Finding(".", f"cannot be compared with its source: {error}")
-        return
-    progress.start(plan.bytes_to_read)
-    done: dict[str, Done] = {}
-    for shard in plan.shards:
-        digests = yield from _compare_shard(root, shard, plan, damaged)
-        for file in shard.files:
-            stated = record["files"].get(file.path, {})
-            done[file.path] = Done(
-                file.path, file.size, stated.get("sha256", ""), shard.source.size, digests.get(shard.source.path)
-            )
-        progress.advance(shard.source.size)
-    progress.close()
-    for path, data in plan.files.items():
-        done[path] = Done(path, len(data), hashlib.sha256(data).hexdigest())
-    for path in plan.sidecars:
-        data = snapshot.files.read(path)
-        done[path] = Done(path, len(data), hashlib.sha256(data).hexdigest())
-    yield from _compare_files(record, done, {f.path for f in plan.weight_files}, damaged)
-    yield from _compare_record(record, make_record(plan, done))
-
-
-def _compare_files(
-    record: Mapping[str, Any], given: Mapping[str, Done], weights: Collection[str], damaged: Collection[str]
-) -> Iterator[Finding]:
-    """Files that the source gives against those that the record has; the record's digests were checked before."""
-    for path, done in given.items():
-        stated = record["files"].get(path)
-        if stated is None and path not in damaged:
-            yield Finding(path, "is missing, though the source gives it")
-        elif stated is not None and path not in damaged and path not in weights and stated["sha256"] != done.sha256:
-            yield Finding(path, "differs from what the source gives")
-    for path in sorted(record["files"].keys() - given.keys()):
-        yield Finding(path, "is not what the source gives")
-
-
-def _compare_record(record: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[Finding]:
-    """The record's fields against those that source and recipe give; digests of files are compared elsewhere."""
-    expected = {**given, "tool_version": record["tool_version"]}
-    # The scales came from a file of the user's, of which the snapshot holds the maximum over each fusion group.
-    expected["recipe"] = {**given["recipe"], "input_scales_sha256": record["recipe"]["input_scales_sha256"]}
-    expected["recipe_sha256"] = recipe_sha256(record["tool_version"], expected["recipe"])
-    if given["source"]["repo"] is None or record["source"]["repo"] is None:  # a folder makes no claim
-        names = {key: record["source"][key] for key in ("repo", "commit")}
-        expected["source"] = {**given["source"], **names}
-    for part in ("files", SEAL):
-        expected[part] = record[part]
-    for path, entry in expected["shards"].items():
-        stated = record["shards"].get(path, {})
-        expected["shards"][path] = {**entry, **{k: stated[k] for k in ("size", "sha256") if k in stated}}
-        if entry["source_sha256"] is None and "source_sha256" in stated:  # could not be read to its end: found
-            expected["shards"][path]["source_sha256"] = stated["source_sha256"]
-    for problem in _differences(record, expected, "the record"):
-        yield Finding(layout.RECORD_FILE, problem)
-
-
-def _differences(stated: Any, expected: Any, where: str) -> Iterator[str]:
-    """Where two JSON values differ, in words."""
-    if isinstance(stated, dict) and isinstance(expected, dict):
-        for key in sorted(stated.keys() | expected.keys()):
-            name = f"{key!r:.80} of {where}"
-            if key not in expected:
-                yield f"{name} is not what the source gives"
-            elif key not in stated:
-                yield f"{name} is missing"
-            else:
-                yield from _differences(stated[key], expected[key], name)
-    elif stated != expected or type(stated) is not type(expected):
-        yield f"{where} is {stated!r:.80}, and the source gives {expected!r:.80}"
-
-
-def _compare_shard(
-    root: Path, shard: ShardPlan, plan: Plan, damaged: Collection[str]
-) -> Generator[Finding, None, dict[str, str]]:
-    """Compare the files that a source shard gives; returns the digest of the source, if it was read to its end."""
-    hasher = hashlib.sha256()
-    with contextlib.ExitStack() as opened:
-        files = []
-        for file in shard.files:
-            if (root / file.path).is_file():
-                fd = open_for_reading(root / file.path, file.path)
-                opened.callback(os.close, fd)
-                problem = _header_problem(fd, file)
-                if problem and file.path not in damaged:
-                    yield Finding(file.path, problem)
-                if problem is None or os.fstat(fd).st_size == file.size:  # else the data need not lie as planned
-                    files.append((file, fd))
-        try:  # with an engine for each shard, since an error leaves one without some of its buffers
-            with Engine(workers=max(1, (os.cpu_count() or 2) - 1)) as engine:
-                siblings = [s for s in plan.shards if s.component == shard.component]
-                amaxes = measure(siblings, shard.schedule.measured, engine)
-                chunks = stream_shard(shard, engine, amaxes=amaxes, input_scales=plan.input_scales, hasher=hasher)
-                for path, name in dict.fromkeys(_differing(chunks, files)):
-                    yield Finding(path, f"{name} differs from what the source gives")
-        except ConvertError as error:
-            yield Finding(shard.files[0].path, f"cannot be compared with its source: {error}")
-            return {}
-    return {shard.source.path: hasher.hexdigest()}
-
-
-def _header_problem(fd: int, file: OutputFile) -> str | None:
-    header = bytearray(min(os.fstat(fd).st_size, len(file.header)))
-    read_exactly(fd, memoryview(header), 0, file.path)
-    return None if header == file.header else "has another header than the source gives"
-
-
-def _differing(chunks: Iterator[Chunk], files: Sequence[tuple[OutputFile, int]]) -> Iterator[tuple[str, str]]:
-    """File and tensor of every chunk that is not what the open `files` hold in its place."""
-    position = 0
-    for chunk in chunks:
-        start, position = position, position + chunk.data.numel()
-        file, fd = next(((f, d) for f, d in files if f.start <= start and position <= f.stop), (None, -1))
-        if file is None:
-            continue
-        offset = len(file.header) + start - file.start
-        written = torch.empty(chunk.data.numel(), dtype=torch.uint8, device="cpu")
-        whole = offset + len(written) <= os.fstat(fd).st_size
-        if whole:
-            read_exactly(fd, written.numpy().data, offset, file.path)
-        if not (whole and torch.equal(written, chunk.data)):
-            yield file.path, chunk.name
-
-
-def _recipe(root: Path, record: Mapping[str, Any], manifest: Manifest) -> Recipe:
-    """The recipe that the record states."""
-    stated = record["recipe"]
-    block = stated["weight_block_size"]
-    return Recipe(
-        manifest=manifest,
-        ignored_layers=tuple(stated["ignored_layers"]),
-        components=tuple(stated["components"]),
-        compact=stated["compact"],
-        block=(block[0], block[1]) if block else None,
-        activation_scheme=stated["activation_scheme"],
-        max_shard_size=stated["max_shard_size"],
-        input_scales=_stored_input_scales(root, record) if stated["input_scales_sha256"] else None,
-    )
-
-
-def _stored_input_scales(root: Path, record: Mapping[str, Any]) -> dict[str, float]:
-    scales = {}
-    for path in record["shards"]:
-        header = read_header(root / path, path)
-        fd = open_for_reading(root / path, path)
-        try:
-            for tensor in header.tensors:
-                if tensor.name.endswith(layout.INPUT_SCALE):
-                    data = bytearray(4)
-                    read_exactly(fd, memoryview(data), header.data_start + tensor.start, path)
-                    scales[tensor.name.removesuffix(layout.INPUT_SCALE)] = float(np.frombuffer(data, np.float32)[0])
-        finally:
-            os.close(fd)
-    return scales

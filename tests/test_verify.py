@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -13,9 +14,11 @@ import pytest
 import torch
 from fp8_convert.converter import ConvertError, convert, inspect, verify
 from fp8_convert.converter.layout import encode_json
+from fp8_convert.converter.locate import SourceOptions
 from fp8_convert.converter.record import read_record, seal
 from fp8_convert.converter.render import render_inspection, render_verification
 from fp8_convert.converter.schedule import SLOT_BYTES
+from hub_server import running_hub
 from pipelines import copied, saved
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -145,9 +148,34 @@ def test_json_that_does_not_parse_is_one_finding(spoilt: Path, path: str) -> Non
     assert findings(spoilt, source=saved("z_image")) == [(path, problem)]
 
 
-def test_added_file(spoilt: Path) -> None:
-    (spoilt / "transformer" / "more.safetensors").write_text("x")
-    assert findings(spoilt) == [("transformer/more.safetensors", "is not in the record")]
+@pytest.mark.parametrize(
+    "name",
+    [
+        "transformer/more.safetensors", "tokenizer/added_chat_template.jinja", "vocab.txt", "pytorch_model.bin",
+        "pipeline.py", "transformer/.hidden", ".env",
+    ],
+)  # fmt: skip
+def test_added_file(spoilt: Path, name: str) -> None:
+    (spoilt / name).write_text("x")
+    assert findings(spoilt) == [(name, "is not in the record")]
+
+
+@pytest.mark.parametrize("folder", [".git", "transformer/.cache", "unet", ".fp8-convert"])
+def test_added_folder(spoilt: Path, folder: str) -> None:
+    for name in ("config.json", "deep/er/weights.bin"):
+        (spoilt / folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (spoilt / folder / name).write_text("x")
+    assert findings(spoilt) == [(f"{folder}/", "is not in the record (2 files)")]
+
+
+def test_added_links(spoilt: Path, tmp_path: Path) -> None:
+    """A dangling one, one to a folder, and one that leads back into the snapshot."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "module.py").write_text("x")
+    (spoilt / "dangling").symlink_to(tmp_path / "none")
+    (spoilt / "custom").symlink_to(tmp_path / "elsewhere")
+    (spoilt / "vae" / "again").symlink_to(spoilt)
+    assert [path for path, _ in findings(spoilt)] == ["dangling", "custom/", "vae/again/"]
 
 
 def test_a_damaged_source_is_a_finding_and_the_rest_is_compared(spoilt: Path, tmp_path: Path) -> None:
@@ -328,6 +356,137 @@ def test_record_that_counts_other_modules(spoilt: Path) -> None:
 def test_record_with_another_class(spoilt: Path) -> None:
     reseal(spoilt, put("Other", "components", "vae", "class"))
     assert findings(spoilt) == [(RECORD, "has other components than the snapshot")]
+
+
+def test_members_of_a_group_with_two_scales(spoilt: Path) -> None:
+    with safe_open(spoilt / DIT, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(spoilt / DIT)
+    tensors["layers.1.feed_forward.w3.weight_scale"] *= 1.5
+    save_file(tensors, spoilt / DIT, metadata=metadata)
+    reseal(spoilt)
+    problem = "layers.1.feed_forward.w1, layers.1.feed_forward.w3 must share one scale and do not"
+    assert findings(spoilt) == [("transformer", problem)]
+
+
+def test_record_that_names_a_shared_scale_that_is_none(spoilt: Path) -> None:
+    reseal(spoilt, put(["layers.9.to_q", "layers.9.to_k"], "components", "transformer", "shared_scales", 0))
+    assert findings(spoilt) == [(RECORD, "names the shared scale of layers.9.to_q, which has none")]
+
+
+# Forgery that only the source can tell
+
+
+EDITED = ["model_index.json", "tokenizer/tokenizer.json", "tokenizer/chat_template.jinja",
+          "scheduler/scheduler_config.json", "vae/config.json", CONFIG]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", EDITED)
+def test_an_edited_and_resealed_file(spoilt: Path, path: str) -> None:
+    (spoilt / path).write_bytes((spoilt / path).read_bytes().rstrip() + b"\n\n")
+    reseal(spoilt)
+    assert findings(spoilt) == []
+    assert findings(spoilt, source=saved("z_image")) == [(path, "differs from what the source gives")]
+
+
+@pytest.mark.parametrize("path", ["tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json"])
+def test_a_file_that_was_removed_from_snapshot_and_record(spoilt: Path, path: str) -> None:
+    (spoilt / path).unlink()
+    record = json.loads((spoilt / RECORD).read_text())
+    del record["files"][path]
+    (spoilt / RECORD).write_text(json.dumps(record))
+    reseal(spoilt)
+    assert findings(spoilt) == []
+    assert findings(spoilt, source=saved("z_image")) == [(path, "is missing, though the source gives it")]
+
+
+def test_a_file_that_was_added_to_snapshot_and_record(spoilt: Path) -> None:
+    (spoilt / "tokenizer" / "extra.json").write_text("{}")
+    reseal(spoilt, lambda record: record["files"].update({"tokenizer/extra.json": {
+        "size": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}}))  # fmt: skip
+    assert findings(spoilt) == []
+    assert findings(spoilt, source=saved("z_image")) == [
+        ("tokenizer/extra.json", "is not what the source gives"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (put("0" * 64, "recipe_sha256"), "'recipe_sha256' of the record is '000"),
+        (put("Other", "source", "pipeline"), "'pipeline' of 'source' of the record is 'Other', and the source gives"),
+        (put("0" * 64, "shards", DIT, "source_sha256"), f"'source_sha256' of '{DIT}' of 'shards' of the record"),
+        (put(7, "shards", DIT, "source_size"), f"'source_size' of '{DIT}'"),
+        (put("x.safetensors", "shards", DIT, "source"), f"'source' of '{DIT}'"),
+        (put(1, "components", "transformer", "bytes_after"), "'bytes_after' of 'transformer'"),
+        (put("because", "components", "vae", "decisions", 0, "why"), "'decisions' of 'vae'"),
+        (put([], "components", "transformer", "shared_scales"), "'shared_scales' of 'transformer'"),
+        (put("another tool", "tool"), "'tool' of the record is 'another tool'"),
+        (put(1, "more"), "'more' of the record is not what the source gives"),
+        (put("7.7", "tool_version"), "'recipe_sha256' of the record is"),
+        (drop("components", "transformer", "bytes_before"), "'bytes_before' of 'transformer'"),
+    ],
+)
+def test_a_record_that_tells_something_else(spoilt: Path, change: Callable[[Any], None], names: str) -> None:
+    reseal(spoilt, change)
+    ((path, problem),) = findings(spoilt, source=saved("z_image"))
+    assert path == RECORD
+    assert names in problem
+
+
+def test_every_field_of_a_record_is_compared(spoilt: Path) -> None:
+    """Whatever leaf of the record is changed and sealed, comparing with the source says so, once at least."""
+    # `repo` and `commit` need a Hub: test_hub.py; a folder makes no claim.
+    record = json.loads((spoilt / RECORD).read_text())
+    unchecked = {("source", "repo"), ("source", "commit"), ("recipe", "input_scales_sha256"), ("record_sha256",)}
+    places = [p for p in leaves(record) if p not in unchecked]
+    before = (spoilt / RECORD).read_bytes()
+    for place in places[:: max(1, len(places) // 40)]:
+        value = functools.reduce(lambda part, key: part[key], place, record)
+        other = not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else f"{value or ''}x"
+        reseal(spoilt, put(other, *place))
+        try:
+            assert findings(spoilt, source=saved("z_image")), place
+        except ConvertError:
+            assert place[0] in ("components", "recipe"), place  # another class or manifest is another source's
+        (spoilt / RECORD).write_bytes(before)
+
+
+def leaves(value: Any, *place: Any) -> list[tuple[Any, ...]]:
+    if isinstance(value, dict):
+        return [leaf for key, item in value.items() for leaf in leaves(item, *place, key)]
+    if isinstance(value, list):
+        return [leaf for number, item in enumerate(value) for leaf in leaves(item, *place, number)]
+    return [place]
+
+
+def test_a_record_that_claims_a_repository(spoilt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder cannot tell; the repository that is named can."""
+    with running_hub(monkeypatch, tmp_path / "home") as hub:
+        hub.add_repo("org/model", saved("z_image"))
+        convert("org/model", tmp_path / "out", cache_dir=tmp_path / "cache")
+        options = SourceOptions(cache_dir=tmp_path / "cache")
+        found = verify(tmp_path / "out", source="org/model", options=options)
+        commit = json.loads((tmp_path / "out" / RECORD).read_text())["source"]["commit"]
+        assert found.ok
+        assert found.compared_with == f"org/model @ {commit}"
+        assert not found.notes
+        by_folder = verify(tmp_path / "out", source=saved("z_image"))
+        assert by_folder.ok
+        assert by_folder.notes == ("that it was made from 'org/model' is not checked: the source given is a folder",)
+        newer = copied(saved("z_image"), tmp_path / "newer")
+        (newer / "README.md").write_text("newer")
+        hub.add_repo("org/model", newer)
+        assert verify(tmp_path / "out", source="org/model", options=options).ok  # at the commit that the record names
+        at_main = SourceOptions(cache_dir=tmp_path / "cache", revision="main")
+        problems = [f.problem for f in verify(tmp_path / "out", source="org/model", options=at_main).findings]
+        assert any(p.startswith(f"'commit' of 'source' of the record is '{commit}', and the source") for p in problems)
+        reseal(tmp_path / "out", put("0" * 40, "source", "commit"))
+        with pytest.raises(ConvertError, match=r"says that it was made from the commit '0{40}'"):
+            verify(tmp_path / "out", source="org/model", options=options)
+        reseal(tmp_path / "out", put("org/other", "source", "repo"))
+        problems = [f.problem for f in verify(tmp_path / "out", source="org/model", options=options).findings]
+        assert any(p.startswith("'repo' of 'source' of the record is 'org/other'") for p in problems)
 
 
 def test_record_with_a_manifest_that_is_a_path(spoilt: Path, tmp_path: Path) -> None:
