@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import click
 from click_default_group import DefaultGroup
 
-from .convert import convert, plan_conversion
+from .conversion import convert, plan_conversion
 from .demo import run_demo
 from .errors import ConvertError
 from .inspection import inspect
@@ -31,7 +31,7 @@ from .render import (
     terminal_width,
 )
 from .stopping import Stopping
-from .verify import verify
+from .verification import verify
 
 F = TypeVar("F", bound=Callable[..., Any])
 _COMMANDS = ("convert", "inspect", "verify", "manifests", "demo")

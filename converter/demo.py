@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from .convert import convert
+from .conversion import convert
 from .errors import ConvertError
 from .inspection import inspect
 from .layout import RECORD_FILE
 from .modules import quiet_libraries
 from .record import read_record
 from .render import render_inspection, render_result, render_verification
-from .verify import verify
+from .verification import verify
 
 _HIDDEN = 128
 # Goes with the pipeline into its output, and so into the record, by which a rerun knows what it may replace.

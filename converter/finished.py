@@ -15,7 +15,7 @@ from .progress import Progress
 from .reading import open_for_reading
 from .recipe import tool_version
 from .source import Shard
-from .verify import verify
+from .verification import verify
 from .writing import file_sha256
 
 

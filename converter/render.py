@@ -7,11 +7,11 @@ import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from .convert import Result
+from .conversion import Result
 from .inspection import Inspection
 from .manifest import Manifest
 from .plan import Plan, rows
-from .verify import Verification
+from .verification import Verification
 
 
 def terminal_width() -> int | None:

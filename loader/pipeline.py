@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..converter import layout
-from ..converter.convert import convert
+from ..converter.conversion import convert
 from ..converter.locate import SourceOptions
 from ..converter.manifest import choose_manifest, load_manifest
 from ..converter.pattern import matches

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from fp8_convert.converter.convert import plan_conversion
+from fp8_convert.converter.conversion import plan_conversion
 from fp8_convert.converter.manifest import shipped
 from fp8_convert.converter.modules import build_on_meta, checkpoint_to_module_names, quiet_libraries
 from fp8_convert.converter.pattern import matches

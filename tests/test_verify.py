@@ -389,7 +389,7 @@ def test_an_edited_and_resealed_file(spoilt: Path, path: str) -> None:
     assert findings(spoilt, source=saved("z_image")) == [(path, "differs from what the source gives")]
 
 
-@pytest.mark.parametrize("path", ["tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json"])
+@pytest.mark.parametrize("path", ["tokenizer/tokenizer_config.json", "tokenizer/tokenizer.json"])
 def test_a_file_that_was_removed_from_snapshot_and_record(spoilt: Path, path: str) -> None:
     (spoilt / path).unlink()
     record = json.loads((spoilt / RECORD).read_text())

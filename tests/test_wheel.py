@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import shutil
 import subprocess
 import sys
 import sysconfig
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 from pipelines import saved
 
 ROOT = Path(__file__).parent.parent
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a Docker build from a clone would leave the file out."""
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    patterns = [line for line in lines if line and not line.startswith("#")]
+    parts = PurePosixPath(name).parts
+    above = ["/".join(parts[: n + 1]) for n in range(len(parts))]
+    return any(
+        fnmatch.fnmatchcase(
+            PurePosixPath(path).name if pattern.startswith("**/") else path, pattern.removeprefix("**/")
+        )
+        for pattern in patterns
+        for path in above
+    )
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +44,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         check=True,
     ).stdout
     for name in filter(None, names.split("\0")):
-        if (ROOT / name).is_file() and not name.startswith((".typing", "tests")):
+        if (ROOT / name).is_file() and not is_ignored(name):
             (folder / "src" / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / "src" / name).write_bytes((ROOT / name).read_bytes())
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
