@@ -35,7 +35,8 @@ from .space import check_space
 from .stream import Engine, stream_shard
 from .supply import StreamedSupply, Supply
 from .target import Done, Target, open_target, source_stat
-from .writing import FileWriter, file_sha256, write_small
+from .untrusted import check_text
+from .writing import FileWriter, file_sha256, write_pieces, write_small
 
 _MOST_WORKERS = 8  # by then reading and hashing are the limit
 
@@ -289,8 +290,8 @@ def _finish(plan: Plan, target: Target) -> None:
     for path, data in plan.files.items():
         target.add(Done(path, len(data), write_small(target.staged(path), data, path)))
     for path in plan.sidecars:
-        data = plan.snapshot.files.read(path)
-        target.add(Done(path, len(data), write_small(target.staged(path), data, path)))
+        size, pieces = plan.snapshot.files.sizes()[path], plan.snapshot.files.pieces(path)
+        target.add(Done(path, size, write_pieces(target.staged(path), size, pieces, path)))
     files = {*(s.path for s in plan.shards), *plan.files, *plan.sidecars}
     record = encode_json(make_record(plan, {p: d for p, d in target.done.items() if p in files}))
     write_small(target.staged(RECORD_FILE), record, RECORD_FILE)
@@ -326,6 +327,7 @@ def _same_source(shard: ShardPlan, done: Done) -> bool:
 
 
 def _check_outside(output: Path, source: str | os.PathLike[str]) -> None:
+    check_text(output, "The output folder")
     if Path(source).is_dir() and output.resolve().is_relative_to(Path(source).resolve()):
         raise ConvertError(f"{output} is the source or lies inside it; choose another folder for the output.")
 
