@@ -528,8 +528,7 @@ def _grouped(left_out: list[tuple[str, str]], sizes: Mapping[str, int]) -> tuple
 def _check_sidecar(path: str, files: Files) -> None:
     if not path.isprintable():
         raise ConvertError(f"{files.label} holds a file whose name has control characters ({path!a}); rename it.")
-    parts = path.split("/")
-    if any(part in ("", ".", "..") or len(part.encode()) > _MAX_NAME_BYTES for part in parts):
+    if any(not part or len(part.encode()) > _MAX_NAME_BYTES for part in path.split("/")):  # "..": hidden, as all dots
         raise ConvertError(f"{files.label} holds a file with a name that cannot be written ({path!a:.300}); rename it.")
     local = files.local(path)  # refuses a link that leaves the snapshot now, not when the file is copied
     if local is not None:
