@@ -27,6 +27,8 @@ from fp8_convert.converter.demo import build_tiny_pipeline
 from fp8_convert.converter.hub import HubFiles, translated
 from fp8_convert.converter.locate import SourceOptions, describe_source, open_files
 from fp8_convert.converter.progress import Silent
+from fp8_convert.converter.source import file_stat
+from fp8_convert.converter.supply import StreamedSupply
 from hub_server import Fault, HubServer, running_hub
 from pipelines import copied, saved
 from safetensors.torch import load_file, save_file
@@ -386,6 +388,18 @@ def test_stream_keeps_two_source_shards_at_most(hub: HubServer, sharded: Path, t
     del streamed["fp8_convert.json"], local["fp8_convert.json"]
     assert streamed == local
     assert not list((tmp_path / "home").rglob("*.safetensors"))  # nothing went through the cache
+
+
+def test_a_streamed_shard_knows_its_file_once_it_has_arrived(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
+    hub.add_repo(REPO, tiny)
+    plan = plan_conversion(REPO)
+    assert {shard.source.stat for shard in plan.shards} == {None}
+    assert isinstance(plan.snapshot.files, HubFiles)
+    with StreamedSupply(plan.snapshot.files, tmp_path, plan.shards) as supply:
+        arrived = supply.take(plan.shards[0]).source
+        assert arrived.local is not None
+        assert arrived.stat == file_stat(arrived.local)
+    assert None not in {shard.source.stat for shard in plan_conversion(tiny).shards}
 
 
 @pytest.mark.parametrize("kind", ["cut", "reset", "status"])
