@@ -37,6 +37,7 @@ from .source import LocalFiles, file_pieces
 from .untrusted import check_size, read_whole
 
 _FIRST_BYTES = 64 * 1024  # most headers fit; a longer one costs a second request
+_CLIENTS = {module.partition(".")[0] for module in (HfApi.__module__, HTTPError.__module__)}  # and its HTTP library
 _STORED_TOKEN = "The Hub token of this machine (HF_TOKEN, or what `hf auth login` stored)"
 _LOG_IN = "log in with `hf auth login` or pass --token"
 _SECRETS = (
@@ -245,6 +246,10 @@ def translated(repo: str, options: HubOptions) -> Iterator[None]:
             f"What answers for the Hub about {repo} is not understood ({_reason(error, options)}); check HF_ENDPOINT "
             "and the connection."
         ) from None
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in _CLIENTS:
+            raise
+        raise _unreachable(repo, options, error) from None  # a bad proxy or HF_ENDPOINT, no identity in a CI job, …
 
 
 def redacted(text: str, options: HubOptions) -> str:

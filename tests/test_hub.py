@@ -260,6 +260,20 @@ def test_something_else_answers_for_the_hub(hub: HubServer, monkeypatch: pytest.
     assert "What answers for the Hub about Tongyi-MAI/Z-Image-Turbo is not understood" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("HF_ENDPOINT", ":::"), ("HTTP_PROXY", ":bad:"), ("HF_OIDC_RESOURCE", "x")], ids=str
+)
+def test_settings_of_the_client_that_it_cannot_use(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    if name == "HF_ENDPOINT":
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", value)
+    result = CliRunner().invoke(main, [REPO, "--dry-run"])
+    assert result.exit_code == 1, result.exception
+    assert result.stderr.startswith(f"error: The Hub cannot be reached for {REPO} (")
+
+
 def test_a_config_beyond_its_limit_is_not_downloaded(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
     folder = copied(tiny, tmp_path / "large")
     os.truncate(folder / "transformer" / "config.json", 4 * 2**20 + 1)
