@@ -244,7 +244,7 @@ def describe(files: Files, *, variant: str | None = None, allow_converted: bool 
         entries = _entries(files, model_index)
         found = [_component(files, sizes, *entry, variant, pipeline, remarks) for entry in entries]
         folders = {name for name, _, _ in entries}
-        root_is_component = any(not _names_in(sizes, f"{name}/") for name in folders)
+        root_is_component = bool(_ROOT_CONFIGS & sizes.keys()) and any(not _names_in(sizes, f"{n}/") for n in folders)
     elif CONFIG in sizes:
         config = read_json(files, CONFIG)
         library = "diffusers" if "_class_name" in config else "transformers"
@@ -259,23 +259,16 @@ def describe(files: Files, *, variant: str | None = None, allow_converted: bool 
     if not components:
         raise ConvertError(f"{files.label} holds no safetensors weights; give a snapshot that does.")
     read = {path for c in components for path in (*(s.path for s in c.shards), c.index)}
-    sidecars, left_out = [], []
-    for path in (p for p in sizes if p not in read and not _hidden(p)):
-        reason = _why_left(path, folders, root_is_component, pipeline is not None or bool(folders))
-        if reason is None:
-            _check_sidecar(path, files)
-            sidecars.append(path)
-        else:
-            left_out.append((path, reason))
+    sidecars, left_out = _beside_weights(files, [p for p in sizes if p not in read], folders, root_is_component)
     return Snapshot(
         files.label,
         files.repo,
         files.commit,
         pipeline,
         components,
-        tuple(sidecars),
+        sidecars,
         files,
-        _grouped(left_out, sizes),
+        left_out,
         tuple(remarks),
     )
 
@@ -500,6 +493,29 @@ def _hidden(path: str) -> bool:
     return any(part.startswith(".") for part in path.split("/"))
 
 
+def _beside_weights(
+    files: Files, paths: list[str], folders: set[str], root_is_component: bool
+) -> tuple[tuple[str, ...], tuple[LeftOut, ...]]:
+    """What to carry over of the files that are no weights or indices of components, and what is left out."""
+    sizes = files.sizes()
+    sidecars, groups = [], dict[tuple[str, str], list[str]]()
+    for path in paths:
+        if _hidden(path):
+            continue
+        reason = _why_left(path, folders, root_is_component, MODEL_INDEX in sizes)
+        if reason is None:
+            _check_sidecar(path, files)
+            sidecars.append(path)
+        else:  # one entry per top-level folder and reason; what lies beside model_index.json counts as one folder
+            folder, slash, _ = path.partition("/")
+            groups.setdefault((f"{folder}/" if slash else "./", reason), []).append(path)
+    left_out = (
+        LeftOut(paths[0] if len(paths) == 1 else folder, len(paths), sum(sizes[p] for p in paths), reason)
+        for (folder, reason), paths in groups.items()
+    )
+    return tuple(sidecars), tuple(left_out)
+
+
 def _why_left(path: str, folders: set[str], root_is_component: bool, is_pipeline: bool) -> str | None:
     """Why a file is not carried over, None if it is: all that the loading of a component may read."""
     *parents, name = path.split("/")
@@ -511,18 +527,6 @@ def _why_left(path: str, folders: set[str], root_is_component: bool, is_pipeline
     if not known and (_BLOAT.fullmatch(name) or not (parents or root_is_component)):
         return "no pipeline reads it"
     return None
-
-
-def _grouped(left_out: list[tuple[str, str]], sizes: Mapping[str, int]) -> tuple[LeftOut, ...]:
-    """One entry per top-level folder and reason; files beside model_index.json count as one folder, "./"."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for path, reason in left_out:
-        folder, slash, _ = path.partition("/")
-        groups.setdefault((f"{folder}/" if slash else "./", reason), []).append(path)
-    return tuple(
-        LeftOut(paths[0] if len(paths) == 1 else folder, len(paths), sum(sizes[p] for p in paths), reason)
-        for (folder, reason), paths in groups.items()
-    )
 
 
 def _check_sidecar(path: str, files: Files) -> None:
