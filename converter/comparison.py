@@ -29,7 +29,7 @@ from .reading import open_for_reading, read_exactly
 from .recipe import Recipe, recipe_sha256
 from .record import SEAL, make_record
 from .sharding import OutputFile
-from .source import Snapshot
+from .source import Snapshot, content_sha256
 from .stream import Chunk, Engine, measure, stream_shard
 from .target import Done
 
@@ -135,8 +135,7 @@ def compare(
     for path, data in plan.files.items():
         done[path] = Done(path, len(data), hashlib.sha256(data).hexdigest())
     for path in plan.sidecars:
-        data = snapshot.files.read(path)
-        done[path] = Done(path, len(data), hashlib.sha256(data).hexdigest())
+        done[path] = Done(path, snapshot.files.sizes()[path], content_sha256(snapshot.files, path))
     yield from _compare_files(record, done, {f.path for f in plan.weight_files}, damaged)
     yield from _compare_record(record, make_record(plan, done))
 

@@ -22,6 +22,7 @@ from .record import check_record, read_record
 from .run import conversion_key, run
 from .scales import read_input_scales
 from .target import journalled_key
+from .untrusted import check_text
 
 try:
     import resource
@@ -223,6 +224,7 @@ def _finished_already(plan: Plan, output: Path, check: bool, progress: Progress)
 
 
 def _check_outside(output: Path, source: str | os.PathLike[str]) -> None:
+    check_text(output, "The output folder")
     if not Path(source).is_dir():
         return
     if output.resolve().is_relative_to(Path(source).resolve()):

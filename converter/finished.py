@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ from .plan import Plan
 from .progress import Progress
 from .reading import open_for_reading
 from .recipe import tool_version
-from .source import Shard
+from .source import Shard, content_sha256
 from .verification import verify
 from .writing import file_sha256
 
@@ -70,7 +69,7 @@ def _source_differences(record: Mapping[str, Any], plan: Plan, progress: Progres
     progress.close()
     for path in plan.sidecars:
         entry = record["files"].get(path)
-        if entry is None or hashlib.sha256(snapshot.files.read(path)).hexdigest() != entry["sha256"]:
+        if entry is None or content_sha256(snapshot.files, path) != entry["sha256"]:
             yield f"its source's {path} has changed"
 
 

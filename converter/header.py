@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import ConvertError
+from .errors import ConvertError, ResumableError
+from .untrusted import open_regular, parse_json
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 PREFIX_BYTES = 8
@@ -93,7 +94,7 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
     for tensor in tensors:
         if tensor.start != position:
             kind = "overlaps the tensor before it" if tensor.start < position else "leaves a hole before it"
-            raise _corrupt(where, f"tensor {tensor.name!r} {kind}")
+            raise _corrupt(where, f"tensor {tensor.name!r:.200} {kind}")
         position = tensor.end
     header = Header(tuple(tensors), metadata, raw)
     if header.file_size != file_size:
@@ -106,14 +107,15 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
 
 
 def read_header(path: Path, where: str) -> Header:
-    """Read and check the header of a local file."""
+    """Read and check the header of a local file. Raises ConvertError."""
     try:
-        with open(path, "rb") as file:
+        with open(open_regular(path, where), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = header_length(file.read(PREFIX_BYTES), size, where)
-            return parse_header(file.read(length), size, where)
+            raw = file.read(length)
     except OSError as error:
-        raise ConvertError(f"{where} cannot be read ({error.strerror}); check the path and permissions.") from error
+        raise ResumableError(f"{where} cannot be read ({error.strerror}); check the disk and run again.") from error
+    return parse_header(raw, size, where)
 
 
 def encode_header(tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> bytes:
@@ -132,15 +134,13 @@ def _load_json(raw: bytes, where: str) -> dict[str, Any]:
         if len(entries) != len(pairs):
             seen: set[str] = set()
             twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-            raise _corrupt(where, f"{twice!r} stands in it twice")
+            raise _corrupt(where, f"{twice!r:.200} stands in it twice")
         return entries
 
     try:
-        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-        if b"\\u" in raw:
-            json.dumps(entries, ensure_ascii=False).encode()  # half a surrogate pair is no text
-    except (ValueError, RecursionError) as error:  # ValueError: bad JSON or not UTF-8
-        raise _corrupt(where, "it is not valid JSON") from error
+        entries = parse_json(raw, unique)
+    except ValueError as error:
+        raise _corrupt(where, f"it {error}") from error
     if not isinstance(entries, dict):
         raise _corrupt(where, "it is not a JSON object")
     return entries
@@ -148,15 +148,15 @@ def _load_json(raw: bytes, where: str) -> dict[str, Any]:
 
 def _tensor(name: str, entry: Any, where: str) -> TensorInfo:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _corrupt(where, f"tensor {name!r} lacks dtype, shape or data_offsets")
+        raise _corrupt(where, f"tensor {name!r:.200} lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if dtype not in DTYPE_BITS if isinstance(dtype, str) else True:
-        raise _corrupt(where, f"tensor {name!r} has the unknown dtype {dtype!r}")
+        raise _corrupt(where, f"tensor {name!r:.200} has the unknown dtype {dtype!r:.80}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or len(shape) > 64:
-        raise _corrupt(where, f"tensor {name!r} has an invalid shape or invalid offsets")
+        raise _corrupt(where, f"tensor {name!r:.200} has an invalid shape or invalid offsets")
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits % 8 or offsets[1] - offsets[0] != bits // 8:
-        raise _corrupt(where, f"tensor {name!r} has offsets that do not fit its shape and dtype")
+        raise _corrupt(where, f"tensor {name!r:.200} has offsets that do not fit its shape and dtype")
     return TensorInfo(name, dtype, tuple(shape), offsets[0], offsets[1])
 
 

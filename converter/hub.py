@@ -6,13 +6,14 @@ Every failure of the Hub or the network becomes one ConvertError that says what 
 from __future__ import annotations
 
 import contextlib
+import re
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, get_cached_repo_tree, hf_hub_url, snapshot_download
+from huggingface_hub import HfApi, constants, get_cached_repo_tree, get_token, hf_hub_url, snapshot_download
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
     GatedRepoError,
@@ -21,6 +22,7 @@ from huggingface_hub.errors import (
     HTTPError,
     IncompleteSnapshotError,
     LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -30,30 +32,35 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_ba
 
 from .errors import ConvertError, ResumableError
 from .header import PREFIX_BYTES, Header, header_length, parse_header
-from .source import LocalFiles
+from .locate import HubOptions, clean_token
+from .source import LocalFiles, file_pieces
+from .untrusted import check_size, read_whole
 
 _FIRST_BYTES = 64 * 1024  # most headers fit; a longer one costs a second request
-
-
-@dataclass(frozen=True)
-class HubOptions:
-    """How to reach the Hub, as in huggingface_hub."""
-
-    revision: str | None = None
-    token: str | bool | None = None
-    cache_dir: str | Path | None = None
-    local_files_only: bool = False
+_CLIENTS = {module.partition(".")[0] for module in (HfApi.__module__, HTTPError.__module__)}  # and its HTTP library
+_STORED_TOKEN = "The Hub token of this machine (HF_TOKEN, or what `hf auth login` stored)"
+_LOG_IN = "log in with `hf auth login` or pass --token"
+_SECRETS = (
+    (re.compile(r"(?i)\b(bearer|basic)(\s+|%20)[^\s'\"]+"), r"\1 …"),
+    (re.compile(r"\b(hf|api|api_org)_[A-Za-z0-9]\w*"), "…"),
+    (re.compile(r"(://)[^/\s@]+@"), r"\1…@"),
+    (re.compile(r"(://[^\s?'\"]+\?)[^\s'\"]+"), r"\1…"),  # what signs the address of a download
+)
 
 
 class HubFiles:
     """The files of a repository at the commit that `revision` names now; nothing but small files is downloaded."""
 
+    remote = True
+
     def __init__(self, repo: str, options: HubOptions) -> None:
-        self._repo, self.options = repo, options
+        self.repo, self.options = repo, options
         self._api = HfApi(token=options.token)
         with translated(repo, options):
+            _check_stored_token(options)
             info = self._api.repo_info(repo, revision=options.revision)
-            assert info.sha is not None
+            if info.sha is None:
+                raise ResumableError(f"The Hub does not say which commit of {repo} it has; run again in a while.")
             self.commit: str = info.sha
             tree = self._api.list_repo_tree(repo, recursive=True, revision=self.commit)
             self.entries = [entry for entry in tree if isinstance(entry, RepoFile)]
@@ -69,14 +76,26 @@ class HubFiles:
     def local(self, path: str) -> Path | None:
         return None
 
-    def read(self, path: str) -> bytes:
-        with translated(self._repo, self.options):
+    def read(self, path: str, limit: int) -> bytes:
+        where = f"{path} in {self.repo}"
+        check_size(self._sizes[path], limit, where)
+        return read_whole(self._downloaded(path), where, limit)
+
+    def pieces(self, path: str) -> Iterator[bytes]:
+        return file_pieces(self._downloaded(path), f"{path} in {self.repo}", self._sizes[path])
+
+    def _downloaded(self, path: str) -> Path:
+        """The file in the Hub cache."""
+        options = self.options
+        with translated(self.repo, options):
             return Path(
-                self._api.hf_hub_download(self._repo, path, revision=self.commit, cache_dir=self.options.cache_dir)
-            ).read_bytes()
+                self._api.hf_hub_download(
+                    self.repo, path, revision=self.commit, cache_dir=options.cache_dir, tqdm_class=_bar(options)
+                )
+            )
 
     def header(self, path: str) -> Header:
-        where, size = f"{path} in {self._repo}", self._sizes[path]
+        where, size = f"{path} in {self.repo}", self._sizes[path]
         start = self.range(path, 0, min(_FIRST_BYTES, size))
         length = header_length(start[:PREFIX_BYTES], size, where)
         raw = start[PREFIX_BYTES : PREFIX_BYTES + length]
@@ -88,9 +107,9 @@ class HubFiles:
         """Bytes [start, stop) of a file."""
         if start == stop:
             return b""
-        url = hf_hub_url(self._repo, path, revision=self.commit, endpoint=self._api.endpoint)
+        url = hf_hub_url(self.repo, path, revision=self.commit, endpoint=self._api.endpoint)
         headers = {**build_hf_headers(token=self.options.token), "range": f"bytes={start}-{stop - 1}"}
-        with translated(self._repo, self.options):
+        with translated(self.repo, self.options):
             response = http_backoff("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
             hf_raise_for_status(response)
             content = bytes(response.content)
@@ -104,18 +123,16 @@ class HubFiles:
         Raises ResumableError, also soon after `stopped` was set.
         """
 
-        class Stoppable(tqdm):
+        class Stoppable(_bar(self.options)):  # type: ignore[misc]
             def update(self, n: float | None = 1) -> bool | None:
                 if stopped.is_set():
                     raise InterruptedError("the conversion was stopped")
                 shown: bool | None = super().update(n)
                 return shown
 
-        with translated(self._repo, self.options):
+        with translated(self.repo, self.options):
             return Path(
-                self._api.hf_hub_download(
-                    self._repo, path, revision=self.commit, local_dir=folder, tqdm_class=Stoppable
-                )
+                self._api.hf_hub_download(self.repo, path, revision=self.commit, local_dir=folder, tqdm_class=Stoppable)
             )
 
 
@@ -124,7 +141,7 @@ class CachedFiles(LocalFiles):
 
     def __init__(self, repo: str, folder: Path, entries: Iterable[RepoFile]) -> None:
         super().__init__(folder)
-        self.label = repo
+        self.label = self.repo = repo
         self.commit = folder.name
         self._sizes, self._sha256 = _listing(entries)
 
@@ -164,7 +181,7 @@ def download(files: HubFiles, paths: list[str]) -> CachedFiles:
     """Download exactly `paths` of a repository at its described commit into the Hub cache."""
     repo, commit, options = files.label, files.commit, files.options
     with translated(repo, options):
-        folder = Path(snapshot_download(**_selection(files, paths)))
+        folder = Path(snapshot_download(**_selection(files, paths), tqdm_class=_bar(options)))
     revision = options.revision or constants.DEFAULT_REVISION
     if revision != commit:  # downloads by commit leave no ref, without which the revision is not found offline
         ref = folder.parent.parent / "refs" / revision
@@ -178,7 +195,7 @@ def cached(repo: str, options: HubOptions) -> CachedFiles:
     with translated(repo, options):
         try:
             folder = snapshot_download(
-                repo, revision=options.revision, cache_dir=options.cache_dir, local_files_only=True
+                repo, revision=options.revision, cache_dir=options.cache_dir, local_files_only=True, token=False
             )
         except IncompleteSnapshotError as error:  # the files that a conversion needs may all be there
             folder = str(error.snapshot_path)
@@ -196,16 +213,16 @@ def is_offline(options: HubOptions) -> bool:
 
 @contextlib.contextmanager
 def translated(repo: str, options: HubOptions) -> Iterator[None]:
-    """Turn the Hub client's exceptions into sentences for the user."""
+    """Turn the Hub client's exceptions into sentences for the user, which hold no token whatever the client said."""
     revision = f" at revision {options.revision}" if options.revision else ""
     try:
         yield
     except HFValidationError as error:
         raise ConvertError(f"{repo!r} is neither a folder nor a Hub id such as Qwen/Qwen-Image; check it.") from error
+    except LocalTokenNotFoundError as error:
+        raise ConvertError(f"token=True asks for the Hub token of this machine, and it has none; {_LOG_IN}.") from error
     except GatedRepoError as error:
-        raise ConvertError(
-            f"{repo} is gated: accept its terms on its Hub page, then log in with `hf auth login` or pass --token."
-        ) from error
+        raise ConvertError(f"{repo} is gated: accept its terms on its Hub page, then {_LOG_IN}.") from error
     except RevisionNotFoundError as error:
         raise ConvertError(f"{repo} has no revision {options.revision!r}; check --revision.") from error
     except RepositoryNotFoundError as error:
@@ -216,19 +233,61 @@ def translated(repo: str, options: HubOptions) -> Iterator[None]:
         if is_offline(options):
             message = f"{repo}{revision} is not in the cache and the Hub may not be asked; go online once to fetch it."
             raise ConvertError(message) from error
-        raise ResumableError(_unreachable(repo, error)) from error
+        raise _unreachable(repo, options, error) from None
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         raise ResumableError(
             f"The Hub answered {status} for {repo}{revision}; run the same command again in a while."
         ) from error
     except (HTTPError, OSError) as error:
-        raise ResumableError(_unreachable(repo, error)) from error
+        raise _unreachable(repo, options, error) from None  # the client's own text may hold a secret
+    except (ValueError, KeyError) as error:  # an answer by something else than a Hub, or a bad HF_ENDPOINT
+        raise ResumableError(
+            f"What answers for the Hub about {repo} is not understood ({_reason(error, options)}); check HF_ENDPOINT "
+            "and the connection."
+        ) from None
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in _CLIENTS:
+            raise
+        raise _unreachable(repo, options, error) from None  # a bad proxy or HF_ENDPOINT, no identity in a CI job, …
 
 
-def _unreachable(repo: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:160]
-    return f"The Hub cannot be reached for {repo} ({reason}); check the connection, or use --local-files-only."
+def redacted(text: str, options: HubOptions) -> str:
+    """The text without anything that is secret: the token, and whatever looks like one or signs an address."""
+    token: str | bool | None = options.token
+    if token in (None, True):
+        with contextlib.suppress(Exception):  # this is no time to say so
+            token = get_token()
+    if isinstance(token, str):
+        text = text.replace(token, "…")
+    for pattern, shown in _SECRETS:
+        text = pattern.sub(shown, text)
+    return text
+
+
+def _check_stored_token(options: HubOptions) -> None:
+    """Raise ConvertError if the machine's own token, where it would be sent, is none that can be."""
+    if options.token is False or isinstance(options.token, str):
+        return
+    if options.token is None and constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
+        return
+    try:
+        token = get_token()
+    except UnicodeDecodeError:
+        raise ConvertError(f"{_STORED_TOKEN} is no text; {_LOG_IN}.") from None
+    if token is not None:
+        clean_token(token, _STORED_TOKEN)
+
+
+def _unreachable(repo: str, options: HubOptions, error: Exception) -> ResumableError:
+    return ResumableError(
+        f"The Hub cannot be reached for {repo} ({_reason(error, options)}); check the connection, or use "
+        "--local-files-only."
+    )
+
+
+def _reason(error: Exception, options: HubOptions) -> str:
+    return redacted(" ".join(str(error).split()), options)[:160]
 
 
 def _listing(entries: Iterable[RepoFile]) -> tuple[dict[str, int], dict[str, str]]:
@@ -238,10 +297,16 @@ def _listing(entries: Iterable[RepoFile]) -> tuple[dict[str, int], dict[str, str
 
 
 class _NoBar(tqdm):
-    """For what is over at once."""
+    """For what is over at once, and for logs."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **{**settings, "disable": True})  # type: ignore[no-untyped-call]
+
+
+def _bar(options: HubOptions) -> type[tqdm]:
+    """The client's progress bar: on a terminal alone."""
+    shown = not options.quiet and sys.stderr is not None and sys.stderr.isatty()
+    return tqdm if shown else _NoBar
 
 
 def _selection(files: HubFiles, paths: list[str]) -> dict[str, Any]:

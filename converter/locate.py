@@ -1,15 +1,40 @@
-"""From what the user types to a described snapshot: a folder, or a Hub id that is described before it is fetched."""
+"""From what the user types to a described snapshot: a folder, or a Hub id that is described before it is fetched.
+
+The Hub's client is imported only where a Hub id asks for it.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from .errors import ConvertError
-from .hub import CachedFiles, HubFiles, HubOptions, cached, download, is_offline
-from .source import LocalFiles, Snapshot, describe, needed_files
+from .source import Files, LocalFiles, Snapshot, describe, needed_files
+from .untrusted import check_text
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """How to reach the Hub, as in huggingface_hub. Raises ConvertError for text that could not be sent.
+
+    quiet: shows no progress bars; without it they are shown where stderr is a terminal.
+    """
+
+    revision: str | None = None
+    token: str | bool | None = field(default=None, repr=False)
+    cache_dir: str | Path | None = None
+    local_files_only: bool = False
+    quiet: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.revision is not None:
+            check_text(self.revision, "The revision")
+        if self.cache_dir is not None:
+            check_text(self.cache_dir, "The cache folder")
+        if isinstance(self.token, str):
+            object.__setattr__(self, "token", clean_token(self.token, "The Hub token"))
 
 
 @dataclass(frozen=True)
@@ -18,24 +43,57 @@ class SourceOptions(HubOptions):
 
     variant: str | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.variant is not None:
+            check_text(self.variant, "The variant")
+
+
+def clean_token(token: str, what: str) -> str:
+    """The token without the white space and line ends of the file it was read from.
+
+    Raises ConvertError, which never holds the token, for one that no header could carry.
+    """
+    token = token.strip()
+    if not token:
+        raise ConvertError(f"{what} is empty; pass one, or none at all.")
+    if not re.fullmatch(r"[!-~]+", token):
+        raise ConvertError(
+            f"{what} has a character that is no letter, digit or sign of ASCII; copy it again from the Hub's settings."
+        )
+    return token
+
 
 def open_source(source: str | os.PathLike[str], options: SourceOptions) -> Snapshot:
     """Describe a snapshot to convert, from its headers: not converted yet, and all of it there. Raises ConvertError."""
-    return _complete(find_snapshot(source, options), options)
+    return describe_source(open_files(source, options), options)
+
+
+def open_files(source: str | os.PathLike[str], options: SourceOptions) -> Files:
+    """The files of a folder, or those of a Hub id at the commit that it has now; none is read. Raises ConvertError."""
+    path = local_folder(source)
+    if path is not None:
+        return LocalFiles(path)
+    from .hub import HubFiles, cached, is_offline
+
+    repo = os.fspath(source)
+    return cached(repo, options) if is_offline(options) else HubFiles(repo, options)
+
+
+def describe_source(files: Files, options: SourceOptions) -> Snapshot:
+    """Describe files to convert, as `open_source` does."""
+    return _complete(describe(files, variant=options.variant), options)
 
 
 def find_snapshot(source: str | os.PathLike[str], options: SourceOptions, *, allow_converted: bool = False) -> Snapshot:
     """Describe what a folder or a Hub id names. A Hub repository is not downloaded, only asked. Raises ConvertError."""
-    path = local_folder(source)
-    if path is not None:
-        return describe(LocalFiles(path), variant=options.variant, allow_converted=allow_converted)
-    repo = os.fspath(source)
-    files = cached(repo, options) if is_offline(options) else HubFiles(repo, options)
-    return describe(files, repo=repo, commit=files.commit, variant=options.variant, allow_converted=allow_converted)
+    files = open_files(source, options)
+    return describe(files, variant=options.variant, allow_converted=allow_converted)
 
 
 def local_folder(source: str | os.PathLike[str]) -> Path | None:
     """The folder that a source names, None if it reads as a Hub id. Raises ConvertError for anything else."""
+    check_text(source, "The source")
     text = os.fspath(source)
     path = Path(text)
     if path.is_dir():
@@ -51,18 +109,18 @@ def local_folder(source: str | os.PathLike[str]) -> Path | None:
 
 def fetch(snapshot: Snapshot, options: SourceOptions) -> Snapshot:
     """The snapshot with all its files on this machine, downloaded at its commit if they are not."""
-    if not isinstance(snapshot.files, HubFiles):
+    if not snapshot.files.remote:
         return snapshot
-    files = download(snapshot.files, needed_files(snapshot))
-    local = describe(files, repo=files.label, commit=files.commit, variant=options.variant)
-    return _complete(local, options)
+    from .hub import HubFiles, download
+
+    assert isinstance(snapshot.files, HubFiles)
+    return describe_source(download(snapshot.files, needed_files(snapshot)), options)
 
 
 def _complete(snapshot: Snapshot, options: SourceOptions) -> Snapshot:
     """The snapshot, if what the cache should hold is there, and the variant asked for where one is."""
-    if isinstance(snapshot.files, CachedFiles):
-        for path in needed_files(snapshot):
-            snapshot.files.local(path)  # what is missing is said now, not when it is copied
+    for path in needed_files(snapshot):
+        snapshot.files.local(path)  # what is missing is said now, not when it is copied
     chosen = [PurePosixPath(s.path).name for c in snapshot.components for s in c.shards]
     if options.variant and not any(f".{options.variant}" in name for name in chosen):
         raise ConvertError(

@@ -17,6 +17,7 @@ from typing import Any
 
 from .errors import ConvertError
 from .pattern import matches
+from .untrusted import check_text
 
 MODES = ("w8a8", "storage", "keep")
 KINDS = ("Linear", "Conv2d", "Conv3d")
@@ -99,6 +100,7 @@ def shipped() -> dict[str, Manifest]:
 
 def load_manifest(name_or_path: str) -> Manifest:
     """A shipped manifest by name, or one of the user's by path. Raises ConvertError."""
+    check_text(name_or_path, "The manifest")
     path = Path(name_or_path)
     if path.suffix == ".toml" or path.is_file():
         try:

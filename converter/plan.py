@@ -21,8 +21,10 @@ from .modules import module_map
 from .recipe import Recipe
 from .schedule import Schedule, make_schedule, scale_domain
 from .sharding import OutputFile, cut_into_files
-from .source import CONFIG, Component, Shard, Snapshot
+from .source import CONFIG, MODEL_INDEX, Component, LeftOut, Shard, Snapshot
+from .units import bytes_text
 
+_MOST_NOTES = 4  # on files that are left out for one reason
 _QUANTIZED_DTYPES = {
     "F4",
     "F6_E2M3",
@@ -191,7 +193,29 @@ def make_plan(snapshot: Snapshot, recipe: Recipe) -> Plan:
         t.decision.mode == layout.STORAGE for c in components if c.rules and is_dit(c.rules) for t in c.tensors
     ):
         notes.append("--compact changes nothing here: no DiT layer that is converted has an FP8 storage rule")
+    notes = [*snapshot.remarks, *_left_out_notes(snapshot.left_out), *notes]
     return Plan(snapshot, recipe, components, files, sidecars, tuple(notes), input_scales)
+
+
+def _left_out_notes(left_out: Iterable[LeftOut]) -> list[str]:
+    """What is not carried over and why, in a few lines however many folders there are."""
+    by_reason: dict[str, list[LeftOut]] = defaultdict(list)
+    for item in left_out:
+        by_reason[item.reason].append(item)
+    notes = []
+    for reason, items in by_reason.items():
+        shown, rest = (items, []) if len(items) <= _MOST_NOTES else (items[: _MOST_NOTES - 1], items[_MOST_NOTES - 1 :])
+        for item in shown:
+            path = "".join(c if c.isprintable() else "?" for c in item.path)
+            if item.files == 1:
+                notes.append(f"{path} ({bytes_text(item.bytes)}) is left out: {reason}")
+            else:
+                place = f"beside {MODEL_INDEX}" if path == "./" else f"in {path}"
+                notes.append(f"{item.files} files {place} ({bytes_text(item.bytes)}) are left out: {reason}")
+        if rest:
+            count, size = sum(item.files for item in rest), bytes_text(sum(item.bytes for item in rest))
+            notes.append(f"{count} files in {len(rest)} other places ({size}) are left out: {reason}")
+    return notes
 
 
 def _rules_of(component: Component, recipe: Recipe) -> ComponentRules | None:
@@ -230,7 +254,7 @@ def _check_unquantized(component: Component, snapshot: Snapshot) -> None:
     advice = "give the original BF16, FP16 or FP32 snapshot"
     if (config := component.config.get(layout.CONFIG_KEY)) is not None:
         method = config.get("quant_method", "unknown") if isinstance(config, dict) else "unknown"
-        raise ConvertError(f"{label} is already quantised (quant_method {method!r}); {advice}.")
+        raise ConvertError(f"{label} is already quantised (quant_method {method!r:.80}); {advice}.")
     names = {t.name for t in component.tensors}
     for tensor in component.tensors:
         if tensor.name.endswith(_QUANTIZED_SUFFIXES) or tensor.name in ("scaled_fp8", "weight_scale"):

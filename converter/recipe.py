@@ -13,6 +13,7 @@ from typing import Any
 from .errors import ConvertError
 from .layout import Block
 from .manifest import Manifest
+from .untrusted import check_text
 
 ACTIVATION_SCHEMES = ("dynamic", "static")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -43,6 +44,10 @@ class Recipe:
     max_shard_size: int | None = None
 
     def __post_init__(self) -> None:
+        for pattern in self.ignored_layers:
+            check_text(pattern, "The ignored layer")
+        for component in self.components:
+            check_text(component, "The component")
         if self.activation_scheme not in ACTIVATION_SCHEMES:
             raise ConvertError(f"The activation scheme {self.activation_scheme!r} is unknown; use dynamic or static.")
         static = self.activation_scheme == "static"

@@ -19,7 +19,8 @@ from . import layout
 from .errors import ConvertError
 from .plan import ComponentPlan, Plan, Row, rows
 from .recipe import tool_version
-from .target import Done
+from .target import MAX_RECORD_BYTES, Done
+from .untrusted import parse_json, read_whole
 
 SEAL = "record_sha256"
 
@@ -125,17 +126,14 @@ def check_record(root: Path) -> str | None:
 
 
 def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConvertError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
+    return read_whole(path, str(path), MAX_RECORD_BYTES)
 
 
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConvertError(f"{path} is damaged (not valid JSON); convert the snapshot again.") from error
+        record = parse_json(raw)
+    except ValueError as error:
+        raise ConvertError(f"{path} is damaged (it {error}); convert the snapshot again.") from error
     if not isinstance(record, dict):
         raise ConvertError(f"{path} is damaged (not a JSON object); convert the snapshot again.")
     return record

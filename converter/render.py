@@ -11,6 +11,7 @@ from .conversion import Result
 from .inspection import Inspection
 from .manifest import Manifest
 from .plan import Plan, rows
+from .units import bytes_text
 from .verification import Verification
 
 
@@ -31,7 +32,7 @@ def render_plan(plan: Plan, width: int | None = None) -> str:
         table = [["decision", "kind", "tensors", "params", "before", "after", "rule", "why"]]
         for row in rows(component):
             decision = f"fp8 {row.mode} {row.scheme}" if row.mode else "kept"
-            numbers = [str(row.count), _count(row.params), _bytes(row.bytes_before), _bytes(row.bytes_after)]
+            numbers = [str(row.count), _count(row.params), bytes_text(row.bytes_before), bytes_text(row.bytes_after)]
             table.append([decision, row.kind or "-", *numbers, row.rule, row.why])
         lines += _table(table, right=(2, 3, 4, 5), width=width, words=2)
     lines += [f"note: {note}" for note in plan.notes]
@@ -39,7 +40,7 @@ def render_plan(plan: Plan, width: int | None = None) -> str:
     after = sum(s.size for s in plan.shards)
     lines += ["", f"total: {_change(before, after)} in {_plural(len(plan.shards), 'file')}"]
     if plan.bytes_read_twice:
-        lines.append(f"{_bytes(plan.bytes_read_twice)} are read twice: their fusion groups are measured first")
+        lines.append(f"{bytes_text(plan.bytes_read_twice)} are read twice: their fusion groups are measured first")
     return _text(lines)
 
 
@@ -51,11 +52,11 @@ def render_inspection(inspection: Inspection, width: int | None = None) -> str:
     for component in inspection.components:
         method = f", quant_method {component.quant_method}" if component.quant_method else ""
         name = component.name or "component"
-        lines += ["", f"{name} ({component.class_name}{method}): {_bytes(component.bytes)}"]
+        lines += ["", f"{name} ({component.class_name}{method}): {bytes_text(component.bytes)}"]
         table = [["what", "kind", "dtype", "tensors", "params", "bytes", "why"]]
         for group in component.groups:
             what = " ".join(filter(None, (group.what, group.mode, group.scheme)))
-            numbers = [str(group.tensors), _count(group.params), _bytes(group.bytes)]
+            numbers = [str(group.tensors), _count(group.params), bytes_text(group.bytes)]
             table.append([what, group.kind or "-", group.dtype, *numbers, group.why])
         lines += _table(table, right=(3, 4, 5), width=width, words=1)
         lines += [f"PROBLEM: {problem}" for problem in component.problems]
@@ -136,16 +137,7 @@ def _plural(count: int, noun: str) -> str:
 
 def _change(before: int, after: int) -> str:
     share = f" ({100 * after / before:.1f}%)" if before else ""
-    return f"{_bytes(before)} -> {_bytes(after)}{share}"
-
-
-def _bytes(count: int) -> str:
-    value = float(count)
-    for unit in ("B", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.2f} GB"
+    return f"{bytes_text(before)} -> {bytes_text(after)}{share}"
 
 
 def _count(params: int) -> str:

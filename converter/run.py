@@ -34,7 +34,7 @@ from .space import check_space
 from .stream import Engine, stream_shard
 from .supply import StreamedSupply, Supply
 from .target import Done, Earlier, Target, open_target
-from .writing import FileWriter, file_sha256, write_small
+from .writing import FileWriter, file_sha256, write_pieces, write_small
 
 _MOST_WORKERS = 8  # by then reading and hashing are the limit
 
@@ -279,8 +279,8 @@ def _finish(plan: Plan, target: Target, progress: Progress) -> str:
     for path, data in plan.files.items():
         target.add(Done(path, len(data), write_small(target.staged(path), data, path)))
     for path in plan.sidecars:
-        data = plan.snapshot.files.read(path)
-        target.add(Done(path, len(data), write_small(target.staged(path), data, path)))
+        size, pieces = plan.snapshot.files.sizes()[path], plan.snapshot.files.pieces(path)
+        target.add(Done(path, size, write_pieces(target.staged(path), size, pieces, path)))
     record = make_record(plan, {path: target.done[path] for path in plan.paths})
     write_small(target.staged(RECORD_FILE), encode_json(record), RECORD_FILE)
     target.publish([*plan.paths, RECORD_FILE], progress.finishing)

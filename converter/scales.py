@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import math
+import struct
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-
 from .errors import ConvertError
-from .header import read_header
+from .header import PREFIX_BYTES, header_length, parse_header
 from .layout import INPUT_SCALE
+from .untrusted import check_text, read_whole
+
+_MAX_BYTES = 64 * 1024 * 1024  # some hundred thousand scales with their names
 
 
 def read_input_scales(path: Path) -> dict[str, float]:
     """Module name to scale, each finite and positive. Raises ConvertError."""
-    header = read_header(path, str(path))
+    check_text(path, "The path of the input scales")
+    content = read_whole(path, str(path), _MAX_BYTES)
+    length = header_length(content[:PREFIX_BYTES], len(content), str(path))
+    header = parse_header(content[PREFIX_BYTES : PREFIX_BYTES + length], len(content), str(path))
+    values = {}
     for tensor in header.tensors:
         if not tensor.name.endswith(INPUT_SCALE) or tensor.dtype != "F32" or tensor.numel != 1:
             raise ConvertError(
                 f"{tensor.name} in {path} is no float32 scalar named NAME{INPUT_SCALE}; correct the file."
             )
-    try:
-        values = {name.removesuffix(INPUT_SCALE): float(value) for name, value in load_file(path).items()}
-    except (SafetensorError, OSError) as error:
-        raise ConvertError(f"{path} cannot be read ({error}); write it again.") from error
-    for name, value in values.items():
+        (value,) = struct.unpack_from("<f", content, header.data_start + tensor.start)
         if not (math.isfinite(value) and value > 0):
-            raise ConvertError(f"{name}{INPUT_SCALE} in {path} is {value}, not a positive number; calibrate it again.")
+            raise ConvertError(f"{tensor.name} in {path} is {value}, not a positive number; calibrate it again.")
+        values[tensor.name.removesuffix(INPUT_SCALE)] = value
     return values

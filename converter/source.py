@@ -6,10 +6,11 @@ The same code describes a local folder and a Hub repository that is not download
 
 from __future__ import annotations
 
-import json
+import hashlib
+import inspect
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -17,18 +18,40 @@ from typing import Any, Protocol
 from .errors import ConvertError, ResumableError
 from .header import Header, TensorInfo, read_header
 from .layout import RECORD_FILE
+from .untrusted import check_regular, open_regular, parse_json, read_whole
 
 MODEL_INDEX = "model_index.json"
 CONFIG = "config.json"
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
-_MAX_JSON_BYTES = 256 * 1024 * 1024
+# Several times what the largest real ones have: configs with lists of labels, indices with 100,000 tensors.
+_MAX_CONFIG_BYTES = 4 * 1024 * 1024
+_MAX_INDEX_BYTES = 32 * 1024 * 1024
+_PIECE_BYTES = 4 * 1024 * 1024
+_MAX_NAME_BYTES = 255  # what file systems take
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_OTHER_WEIGHTS = "only the safetensors that a component loads are converted"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_SIDECAR_SUFFIXES = {
+# Weights in whatever format, and their indices: only the safetensors that are converted count.
+_WEIGHTS = re.compile(
+    r"(?i).*\.(safetensors|bin|pt|pth|ckpt|pkl|pickle|onnx|onnx_data\w*|msgpack|h5|gguf|ggml|pb|tflite|ot|engine|mlmodel"
+    r"|pdparams)(\.data|(\.[\w-]+)?\.index(\.[\w-]+)?\.json)?|.*\.safetensors\..*"
+)
+_BLOAT = re.compile(
+    r"(?i).*\.(png|jpe?g|gif|webp|bmp|tiff?|svg|ico|mp4|mov|webm|avi|wav|mp3|flac|pdf|zip|tar|t?gz|bz2|xz|7z|rar|pyc|log"
+    r"|ipynb)|events\.out\.tfevents.*"
+)
+# Beside a pipeline's folders lie whole repositories: of them only what documents or configures.
+_TOP_LEVEL_SUFFIXES = {
     ".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm", ".vocab", ".merges", ".bpe", ".yaml", ".yml", ".md",
     ".py",
 }  # fmt: skip
-_SIDECAR_NAMES = re.compile(r"(?i)(licen[cs]e|notice|copying|vocab|merges).*")
+_TOP_LEVEL_NAMES = re.compile(r"(?i)(licen[cs]e|notice|copying|vocab|merges).*")
+# What schedulers, tokenizers and processors are loaded from where their folder is missing: diffusers then looks here.
+_ROOT_CONFIGS = {
+    "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json", "feature_extractor_config.json",
+}  # fmt: skip
 
 
 class Files(Protocol):
@@ -38,11 +61,26 @@ class Files(Protocol):
     def label(self) -> str:
         """How errors name the snapshot."""
 
-    def sizes(self) -> Mapping[str, int]:
-        """Bytes of every file, by its path relative to the snapshot (posix)."""
+    @property
+    def repo(self) -> str | None:
+        """The Hub id, None for a folder."""
 
-    def read(self, path: str) -> bytes:
-        """The content of a small file."""
+    @property
+    def commit(self) -> str | None:
+        """The Hub repository's commit, None for a folder."""
+
+    @property
+    def remote(self) -> bool:
+        """Whether the files have yet to be downloaded."""
+
+    def sizes(self) -> Mapping[str, int]:
+        """Bytes of every file, by its path relative to the snapshot (posix). Listed once."""
+
+    def read(self, path: str, limit: int) -> bytes:
+        """The content of a file of at most `limit` bytes. Raises ConvertError."""
+
+    def pieces(self, path: str) -> Iterator[bytes]:
+        """The content of a file, whatever its size, a few megabytes at a time; as many bytes as `sizes` says."""
 
     def header(self, path: str) -> Header:
         """The validated header of a safetensors file."""
@@ -63,7 +101,7 @@ class Shard:
     header: Header
     local: Path | None
     sha256: str | None = None  # what the Hub says of it
-    stat: tuple[int, ...] | None = None  # of a local file, before its header was read
+    stat: tuple[int, ...] | None = None  # of the local file before its header was read: `file_stat`
 
 
 @dataclass(frozen=True)
@@ -92,8 +130,21 @@ class Component:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """Files of a source that are not carried over: one file, or those of a folder (a path that ends in "/")."""
+
+    path: str
+    files: int
+    bytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class Snapshot:
-    """A described snapshot. `sidecars` are the files to carry over as they are, weights and indices excluded."""
+    """A described snapshot. `sidecars` are the files to carry over as they are, weights and indices excluded.
+
+    remarks: sentences on what is unusual in it, for the user.
+    """
 
     label: str
     repo: str | None
@@ -102,17 +153,29 @@ class Snapshot:
     components: tuple[Component, ...]
     sidecars: tuple[str, ...]
     files: Files
+    left_out: tuple[LeftOut, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 class LocalFiles:
     """A snapshot in a folder. Links may point inside it, or into the blobs of the Hub cache that it belongs to."""
 
+    repo: str | None = None
+    commit: str | None = None
+    remote = False
+
     def __init__(self, root: Path) -> None:
         self.root = root
         self.label = str(root)
-        self._inside = (root.resolve(), (root / "../../blobs").resolve())
+        self._inside = (root.resolve(), *_hub_blobs(root))
+        self._listed: dict[str, int] | None = None
 
     def sizes(self) -> Mapping[str, int]:
+        if self._listed is None:
+            self._listed = self._list()
+        return self._listed
+
+    def _list(self) -> dict[str, int]:
         sizes = {}
         for folder, subfolders, names in os.walk(self.root):
             subfolders[:] = sorted(f for f in subfolders if not f.startswith("."))
@@ -134,53 +197,89 @@ class LocalFiles:
     def sha256(self, path: str) -> str | None:
         return None
 
-    def read(self, path: str) -> bytes:
-        try:
-            return self.local(path).read_bytes()
-        except OSError as error:
-            raise ResumableError(
-                f"{path} in {self.label} cannot be read ({error.strerror}); check its permissions."
-            ) from error
+    def read(self, path: str, limit: int) -> bytes:
+        return read_whole(self.local(path), f"{path} in {self.label}", limit)
+
+    def pieces(self, path: str) -> Iterator[bytes]:
+        return file_pieces(self.local(path), f"{path} in {self.label}", self.sizes()[path])
 
     def header(self, path: str) -> Header:
         return read_header(self.local(path), f"{path} in {self.label}")
 
 
-def describe(
-    files: Files,
-    *,
-    repo: str | None = None,
-    commit: str | None = None,
-    variant: str | None = None,
-    allow_converted: bool = False,
-) -> Snapshot:
+def content_sha256(files: Files, path: str) -> str:
+    """sha256 of a file of the snapshot, read in pieces."""
+    digest = hashlib.sha256()
+    for piece in files.pieces(path):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def file_pieces(path: Path, where: str, size: int) -> Iterator[bytes]:
+    """A regular file's `size` bytes, a few megabytes at a time. Raises ResumableError if it has others by now."""
+    left = size
+    try:
+        with open(open_regular(path, where), "rb", buffering=0) as file:
+            while piece := file.read(min(_PIECE_BYTES, left + 1)):
+                left -= len(piece)
+                if left < 0:
+                    break
+                yield piece
+    except OSError as error:
+        raise ResumableError(f"{where} cannot be read ({error.strerror}); check the disk and run again.") from error
+    if left:
+        raise ResumableError(f"{where} changed while it was read; run again.")
+
+
+def file_stat(path: Path) -> tuple[int, ...]:
+    """What tells, without reading it, that a file is the one seen before. Raises ResumableError."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise ResumableError(f"{path} cannot be opened ({error.strerror}); check the path and permissions.") from error
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def describe(files: Files, *, variant: str | None = None, allow_converted: bool = False) -> Snapshot:
     """Read a snapshot's configs, indices and headers, and check that they fit together. Raises ConvertError."""
     sizes = files.sizes()
     if RECORD_FILE in sizes and not allow_converted:
         raise ConvertError(f"{files.label} was already converted by fp8-convert; give the original snapshot.")
+    remarks: list[str] = []
+    root_is_component = False
     if MODEL_INDEX in sizes:
         model_index = read_json(files, MODEL_INDEX)
         pipeline = str(model_index.get("_class_name") or "") or None
-        described = [_component(files, sizes, n, lib, cls, variant) for n, lib, cls in _entries(files, model_index)]
-        components = tuple(c for c in described if c is not None)
-        folders = {name for name, _, _ in _entries(files, model_index)}
+        entries = _entries(files, model_index)
+        found = [_component(files, sizes, *entry, variant, pipeline, remarks) for entry in entries]
+        folders = {name for name, _, _ in entries}
+        root_is_component = bool(_ROOT_CONFIGS & sizes.keys()) and any(not _names_in(sizes, f"{n}/") for n in folders)
     elif CONFIG in sizes:
         config = read_json(files, CONFIG)
         library = "diffusers" if "_class_name" in config else "transformers"
-        alone = _component(files, sizes, "", library, _class_name(config), variant)
-        pipeline, components, folders = None, (() if alone is None else (alone,)), set()
+        found = [_component(files, sizes, "", library, _class_name(config), variant, None, remarks)]
+        pipeline, folders, root_is_component = None, set(), True
     else:
         raise ConvertError(
             f"{files.label} is no diffusers snapshot: it has neither {MODEL_INDEX} nor {CONFIG}; "
             "give a pipeline's folder, a component's folder or a Hub id."
         )
+    components = tuple(c for c in found if c is not None)
     if not components:
         raise ConvertError(f"{files.label} holds no safetensors weights; give a snapshot that does.")
-    indices = {c.index for c in components}
-    sidecars = tuple(p for p in sizes if _is_sidecar(p, folders) and p not in indices)
-    for path in sidecars:
-        _check_plain(path, files)
-    return Snapshot(files.label, repo, commit, pipeline, components, sidecars, files)
+    read = {path for c in components for path in (*(s.path for s in c.shards), c.index)}
+    sidecars, left_out = _beside_weights(files, [p for p in sizes if p not in read], folders, root_is_component)
+    return Snapshot(
+        files.label,
+        files.repo,
+        files.commit,
+        pipeline,
+        components,
+        sidecars,
+        files,
+        left_out,
+        tuple(remarks),
+    )
 
 
 def require_folder(path: Path) -> None:
@@ -199,14 +298,26 @@ def needed_files(snapshot: Snapshot) -> list[str]:
 
 
 def read_json(files: Files, path: str) -> dict[str, Any]:
-    """A JSON object from the snapshot. Raises ConvertError for anything else."""
+    """A JSON object from the snapshot: a config or an index. Raises ConvertError for anything else."""
+    is_index = ".safetensors." in PurePosixPath(path).name
+    raw = files.read(path, _MAX_INDEX_BYTES if is_index else _MAX_CONFIG_BYTES)
     try:
-        data = json.loads(files.read(path).decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConvertError(f"{path} in {files.label} is not valid JSON; download it again.") from error
+        data = parse_json(raw)
+    except ValueError as error:
+        raise ConvertError(f"{path} in {files.label} {error}; download it again.") from error
     if not isinstance(data, dict):
         raise ConvertError(f"{path} in {files.label} is not a JSON object; download it again.")
     return data
+
+
+def _hub_blobs(root: Path) -> list[Path]:
+    """The blobs that a Hub cache's snapshot (models--…/snapshots/COMMIT), or a folder in one, may link to."""
+    whole = Path(os.path.abspath(root))
+    for folder in (whole, *whole.parents):
+        snapshots, repo = folder.parent, folder.parent.parent
+        if snapshots.name == "snapshots" and repo.name.startswith("models--") and _COMMIT.fullmatch(folder.name):
+            return [(repo / "blobs").resolve()]
+    return []
 
 
 def _entries(files: Files, model_index: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -217,13 +328,18 @@ def _entries(files: Files, model_index: Mapping[str, Any]) -> list[tuple[str, st
             continue
         if not all(isinstance(v, str) for v in value):
             continue  # [null, null]: an optional component that this snapshot does without
-        if PurePosixPath(name).name != name or name in ("", ".", "..") or not name.isprintable():
+        if not name.isidentifier() or len(name.encode()) > _MAX_NAME_BYTES:  # a pipeline takes it as an argument
             raise ConvertError(
-                f"{MODEL_INDEX} in {files.label} names the component {name!r}, which is no folder name; "
-                "download it again."
+                f"{MODEL_INDEX} in {files.label} names the component {name!r:.80}, which is no name that a pipeline "
+                "could take; download it again."
             )
         entries.append((name, value[0], value[1]))
     return entries
+
+
+def _names_in(sizes: Mapping[str, int], prefix: str) -> list[str]:
+    """Names of the files that lie directly in a folder."""
+    return [p.removeprefix(prefix) for p in sizes if p.startswith(prefix) and "/" not in p.removeprefix(prefix)]
 
 
 def _component(
@@ -233,30 +349,45 @@ def _component(
     library: str,
     class_name: str | None,
     variant: str | None,
+    pipeline: str | None,
+    remarks: list[str],
 ) -> Component | None:
-    """Describe one component; None if it has no weights to have (a tokenizer, a scheduler)."""
+    """Describe one component; None if it has no weights to have (a tokenizer, a scheduler).
+
+    What diffusers loads all the same, or never looks at, is no error: it is added to `remarks`.
+    """
     prefix = f"{name}/" if name else ""
-    names = [p.removeprefix(prefix) for p in sizes if p.startswith(prefix) and "/" not in p.removeprefix(prefix)]
+    names = _names_in(sizes, prefix)
     label = f"{name or 'the component'} in {files.label}"
     if not names:
-        raise ConvertError(
-            f"{MODEL_INDEX} names the component {label}, but there is no such folder with files in it (a link does "
-            "not count); download it."
-        )
+        if _ROOT_CONFIGS & sizes.keys():
+            remarks.append(f"{name} has no folder of its own: its files beside {MODEL_INDEX} are carried over")
+        elif not _is_taken(pipeline, name):
+            remarks.append(f"{MODEL_INDEX} names {name}, which has no files and which {pipeline} does not take")
+        else:
+            raise ConvertError(
+                f"{MODEL_INDEX} names the component {label}, but there is no such folder with files in it (a link does "
+                "not count); download it."
+            )
+        return None
     config = read_json(files, prefix + CONFIG) if CONFIG in names else {}
     if not any(n.endswith(".safetensors") for n in names):
         pickles = [n for n in names if n.endswith(_PICKLES) and n != "training_args.bin"]
+        weightless = not pickles and name and "_class_name" not in config and "architectures" not in config
+        if weightless:
+            return None
+        if name and (not _is_taken(pipeline, name) or not _is_known(library)):
+            remarks.append(f"{name} has no safetensors weights: its other files are carried over as they are")
+            return None
         if pickles:
             raise ConvertError(
                 f"{label} has only pickled weights ({pickles[0]}), and fp8-convert reads safetensors alone; "
                 "save the pipeline with save_pretrained(safe_serialization=True) first."
             )
-        if name == "" or "_class_name" in config or "architectures" in config:
-            raise ConvertError(f"{label} has no weights; download its safetensors files.")
-        return None
+        raise ConvertError(f"{label} has no weights; download its safetensors files.")
     default_stem = STEMS.get(library, STEMS["diffusers"])
     stem, index, shard_names = _choose_weights(files, prefix, names, default_stem, variant, label)
-    shards = tuple(_shard(files, prefix + n, sizes[prefix + n]) for n in shard_names)
+    shards = tuple(_shard(files, prefix + n) for n in shard_names)
     component = Component(
         name, library, class_name or _class_name(config), config, stem, shards, index and prefix + index
     )
@@ -264,19 +395,31 @@ def _component(
     return component
 
 
-def _shard(files: Files, path: str, size: int) -> Shard:
+def _shard(files: Files, path: str) -> Shard:
     local = files.local(path)
-    stat = None if local is None else file_stat(local)  # before the header: what changes later is noticed
-    return Shard(path, size, files.header(path), local, files.sha256(path), stat)
+    stat = None if local is None else file_stat(local)  # before the header: what is read later must be the same file
+    return Shard(path, files.sizes()[path], files.header(path), local, files.sha256(path), stat)
 
 
-def file_stat(path: Path) -> tuple[int, ...]:
-    """What tells, without reading it, that a file is the one seen before. Raises ResumableError."""
+def _is_taken(pipeline: str | None, name: str) -> bool:
+    """Whether the pipeline's class takes the component: diffusers ignores what it does not.
+
+    Asked where something is missing alone, for it imports diffusers.
+    """
+    import diffusers
+
     try:
-        stat = path.stat()
-    except OSError as error:
-        raise ResumableError(f"{path} cannot be opened ({error.strerror}); check the path and permissions.") from error
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+        cls = getattr(diffusers, pipeline or "", None)
+    except (ImportError, RuntimeError):  # one that needs what is not installed
+        return True
+    return not isinstance(cls, type) or name in inspect.signature(cls).parameters
+
+
+def _is_known(library: str) -> bool:
+    """Whether a component's class is one whose from_pretrained needs weights, as those of other libraries may not."""
+    from diffusers import pipelines
+
+    return library in STEMS or library in dir(pipelines)
 
 
 def _choose_weights(
@@ -354,16 +497,52 @@ def _class_name(config: Mapping[str, Any]) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _is_sidecar(path: str, folders: set[str]) -> bool:
+def _hidden(path: str) -> bool:
+    """Whether the file, or a folder on the way to it, is one of git's, the Hub client's or the like."""
+    return any(part.startswith(".") for part in path.split("/"))
+
+
+def _beside_weights(
+    files: Files, paths: list[str], folders: set[str], root_is_component: bool
+) -> tuple[tuple[str, ...], tuple[LeftOut, ...]]:
+    """What to carry over of the files that are no weights or indices of components, and what is left out."""
+    sizes = files.sizes()
+    sidecars, groups = [], dict[tuple[str, str], list[str]]()
+    for path in paths:
+        if _hidden(path):
+            continue
+        reason = _why_left(path, folders, root_is_component, MODEL_INDEX in sizes)
+        if reason is None:
+            _check_sidecar(path, files)
+            sidecars.append(path)
+        else:  # one entry per top-level folder and reason; what lies beside model_index.json counts as one folder
+            folder, slash, _ = path.partition("/")
+            groups.setdefault((f"{folder}/" if slash else "./", reason), []).append(path)
+    left_out = (
+        LeftOut(paths[0] if len(paths) == 1 else folder, len(paths), sum(sizes[p] for p in paths), reason)
+        for (folder, reason), paths in groups.items()
+    )
+    return tuple(sidecars), tuple(left_out)
+
+
+def _why_left(path: str, folders: set[str], root_is_component: bool, is_pipeline: bool) -> str | None:
+    """Why a file is not carried over, None if it is: all that the loading of a component may read."""
     *parents, name = path.split("/")
     if parents and parents[0] not in folders:
-        return False
-    if name.startswith(".") or ".safetensors." in name or name.endswith((".bin.index.json", ".msgpack")):
-        return False  # indices are written anew, or belong to weights that are left out
-    return PurePosixPath(name).suffix.lower() in _SIDECAR_SUFFIXES or _SIDECAR_NAMES.fullmatch(name) is not None
+        return f"{MODEL_INDEX} does not name it" if is_pipeline else "a component's files lie in its own folder"
+    if _WEIGHTS.fullmatch(name):
+        return _OTHER_WEIGHTS
+    known = PurePosixPath(name).suffix.lower() in _TOP_LEVEL_SUFFIXES or _TOP_LEVEL_NAMES.fullmatch(name)
+    if not known and (_BLOAT.fullmatch(name) or not (parents or root_is_component)):
+        return "no pipeline reads it"
+    return None
 
 
-def _check_plain(path: str, files: Files) -> None:
+def _check_sidecar(path: str, files: Files) -> None:
     if not path.isprintable():
-        raise ConvertError(f"{files.label} holds a file whose name has control characters ({path!r}); rename it.")
-    files.local(path)  # refuses a link that leaves the snapshot now, not when the file is copied
+        raise ConvertError(f"{files.label} holds a file whose name has control characters ({path!a}); rename it.")
+    if any(not part or len(part.encode()) > _MAX_NAME_BYTES for part in path.split("/")):  # "..": hidden, as all dots
+        raise ConvertError(f"{files.label} holds a file with a name that cannot be written ({path!a:.300}); rename it.")
+    local = files.local(path)  # refuses a link that leaves the snapshot now, not when the file is copied
+    if local is not None:
+        check_regular(local, f"{path} in {files.label}")

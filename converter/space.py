@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from .errors import ConvertError
-from .hub import HubFiles, HubOptions, bytes_to_download, cache_folder
+from .locate import HubOptions
 from .plan import Plan
 from .source import needed_files
 from .target import Target
@@ -27,7 +27,10 @@ def check_space(plan: Plan, target: Target, options: HubOptions, *, streamed: bo
             f"{target.folder} has not enough disk space: the conversion takes {wanted / 1e9:.2f} GB and "
             f"{missing / 1e9:.2f} GB are missing; make room or choose another folder."
         )
-    if isinstance(plan.snapshot.files, HubFiles) and not streamed:
+    if plan.snapshot.files.remote and not streamed:
+        from .hub import HubFiles, bytes_to_download, cache_folder
+
+        assert isinstance(plan.snapshot.files, HubFiles)
         files, paths = plan.snapshot.files, needed_files(plan.snapshot)
         cache = _existing(cache_folder(options))
         same_disk = cache.stat().st_dev == target.folder.stat().st_dev

@@ -13,14 +13,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 
-from .hub import HubFiles, abort_downloads
 from .plan import ShardPlan
 from .quantize import SOURCE_DTYPES, amax
 from .schedule import SLOT_BYTES, scale_domain
+from .source import file_stat
 from .stream import Engine, finite, measure
+
+if TYPE_CHECKING:
+    from .hub import HubFiles
 
 
 class Supply:
@@ -72,6 +76,8 @@ class StreamedSupply(Supply):
     ) -> None:
         # After an error nobody waits for gigabytes that are still arriving, and after Ctrl-C for nothing at all.
         if error is not None:
+            from .hub import abort_downloads
+
             abort_downloads()
         self._stopped.set()
         self._executor.shutdown(wait=error is None or isinstance(error, Exception), cancel_futures=True)
@@ -84,7 +90,7 @@ class StreamedSupply(Supply):
         following = self._wanted[self._wanted.index(shard.source.path) + 1 :]
         if following:
             self._order(following[0])
-        return replace(shard, source=replace(shard.source, local=local))
+        return _at(shard, local)
 
     def measure(self, shards: Sequence[ShardPlan], groups: Sequence[str], engine: Engine) -> dict[str, float]:
         """As `Supply.measure`; members in shards that are not here are fetched by range."""
@@ -101,7 +107,7 @@ class StreamedSupply(Supply):
 
     def take_here(self, shard: ShardPlan) -> ShardPlan:
         """The shard once its download, which is under way, has arrived."""
-        return replace(shard, source=replace(shard.source, local=self._arriving[shard.source.path].result()))
+        return _at(shard, self._arriving[shard.source.path].result())
 
     def finished(self, shard: ShardPlan) -> None:
         self._arriving.pop(shard.source.path).result().unlink()
@@ -126,3 +132,8 @@ class StreamedSupply(Supply):
 
     def _present(self) -> set[str]:
         return {p.relative_to(self._folder).as_posix() for p in self._folder.rglob("*.safetensors")}
+
+
+def _at(shard: ShardPlan, local: Path) -> ShardPlan:
+    """The shard with its source in a file of this machine."""
+    return replace(shard, source=replace(shard.source, local=local, stat=file_stat(local)))

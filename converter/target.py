@@ -25,9 +25,11 @@ from .errors import ConvertError, ResumableError
 from .layout import RECORD_FILE
 from .reading import open_for_reading
 from .source import CONFIG, MODEL_INDEX
+from .untrusted import parse_json, read_whole
 from .writing import disk_errors, file_sha256, sync_folder, write_small
 
 STAGING = ".fp8-convert"
+MAX_RECORD_BYTES = 64 * 1024 * 1024
 _DEFAULT_MTIME = 315532800  # 1980-01-01, the earliest time that every archive format can hold
 
 
@@ -301,8 +303,8 @@ def _ours(folder: Path) -> set[str]:
 def _recorded(folder: Path) -> set[str] | None:
     """The files that the folder's record names, None where there is no record that says."""
     try:
-        return {*json.loads((folder / RECORD_FILE).read_bytes().decode())["files"]}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {*parse_json(read_whole(folder / RECORD_FILE, RECORD_FILE, MAX_RECORD_BYTES))["files"]}
+    except (ConvertError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -8,7 +8,6 @@ no reason to stop: what can still be read is still checked. Nothing in the folde
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -29,7 +28,8 @@ from .progress import Progress, Silent
 from .recipe import ACTIVATION_SCHEMES
 from .record import check_record, read_record
 from .source import CONFIG, Component, LocalFiles, Shard, describe, require_folder
-from .target import STAGING
+from .target import MAX_RECORD_BYTES, STAGING
+from .untrusted import parse_json, read_whole
 from .writing import file_sha256
 
 _SCALE_BYTES_AT_ONCE = 1 << 20
@@ -151,11 +151,11 @@ def _unreadable(file: Path) -> str | None:
         if file.suffix == ".safetensors":
             read_header(file, "it")
         elif file.suffix == ".json":
-            json.loads(file.read_bytes().decode("utf-8"))
+            parse_json(read_whole(file, "it", MAX_RECORD_BYTES))
     except ConvertError as error:
         return str(error)
-    except (ValueError, RecursionError):
-        return "it is not valid JSON"
+    except ValueError as error:
+        return f"it {error}"
     return None
 
 

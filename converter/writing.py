@@ -13,7 +13,7 @@ import fcntl
 import hashlib
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -216,8 +216,14 @@ def file_sha256(fd: int) -> str:
 
 def write_small(path: Path, data: bytes, label: str) -> str:
     """Write a small file with the same care as a shard; returns its sha256."""
-    with FileWriter(path, len(data), label) as writer:
-        writer.append(memoryview(data))
+    return write_pieces(path, len(data), [data], label)
+
+
+def write_pieces(path: Path, size: int, pieces: Iterable[bytes], label: str) -> str:
+    """Write a file of `size` bytes that come in pieces, as `write_small` does."""
+    with FileWriter(path, size, label) as writer:
+        for piece in pieces:
+            writer.append(memoryview(piece))
         return writer.commit()
 
 

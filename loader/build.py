@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..converter import layout
-from ..converter.modules import quiet_libraries
+from ..converter.modules import bounded, quiet_libraries
 from ..converter.source import Component
 from .backend import Choice
 from .checkpoint import LoadError
@@ -38,7 +38,7 @@ def build(component: Component, dtype: torch.dtype) -> nn.Module:
             "upgrade diffusers and transformers."
         )
     settings = {k: v for k, v in component.config.items() if k != layout.CONFIG_KEY}
-    with _default_dtype(dtype), init_empty_weights(include_buffers=False), quiet_libraries():
+    with _default_dtype(dtype), init_empty_weights(include_buffers=False), quiet_libraries(), bounded(component):
         if component.library == "diffusers":
             built = cls.from_config(settings)
         else:

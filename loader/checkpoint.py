@@ -53,9 +53,7 @@ def fetched(snapshot: Snapshot, options: SourceOptions) -> tuple[Snapshot, Path]
     if isinstance(files, HubFiles):
         record = [layout.RECORD_FILE] if layout.RECORD_FILE in files.sizes() else []
         local = download(files, sorted({*needed_files(snapshot), *record}))
-        snapshot = describe(
-            local, repo=snapshot.repo, commit=snapshot.commit, variant=options.variant, allow_converted=True
-        )
+        snapshot = describe(local, variant=options.variant, allow_converted=True)
         files = local
     assert isinstance(files, LocalFiles)
     return snapshot, files.root

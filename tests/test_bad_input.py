@@ -275,6 +275,35 @@ def test_unfit_input_scales(tmp_path: Path, output: Path, scales: dict[str, torc
     refused(saved("z_image"), "-o", output, *options, names=names, next_step="; c")
 
 
+UNDECODABLE = "x\udcff"  # how Python shows an argument that is no UTF-8
+
+
+@pytest.mark.parametrize(
+    ("option", "names"),
+    [
+        ("--ignored-layers", "The ignored layer"),
+        ("--component", "The component"),
+        ("--manifest", "The manifest"),
+        ("--revision", "The revision"),
+        ("--variant", "The variant"),
+        ("--cache-dir", "The cache folder"),
+        ("--input-scales", "The path of the input scales"),
+        ("--token", "The Hub token"),
+    ],
+)
+def test_options_that_are_no_text(output: Path, option: str, names: str) -> None:
+    line = refused(saved("z_image"), "-o", output, option, UNDECODABLE, names=names, next_step="; co")
+    assert line.isprintable()
+
+
+def test_folders_that_are_no_text(tmp_path: Path, output: Path) -> None:
+    """Refused before the work: their names could not be printed after it."""
+    refused(UNDECODABLE, "-o", output, names="The source 'x\\udcff'", next_step="correct or rename it")
+    (tmp_path / UNDECODABLE).mkdir()
+    refused(tmp_path / UNDECODABLE, "-o", output, names="The source", next_step="correct or rename it")
+    refused(saved("z_image"), "-o", output / UNDECODABLE, names="The output folder", next_step="correct or rename it")
+
+
 def test_block_size_below_one(output: Path) -> None:
     options = ["--weight-block-size", "0", "128"]
     refused(saved("z_image"), "-o", output, *options, names="[0, 128]", next_step="such as 128 128")
@@ -435,6 +464,81 @@ def test_damaged_json(source: Path, output: Path, file: str, text: str) -> None:
     refused(source, "-o", output, names=f"{file} in {source}", next_step="download it again")
 
 
+JSONS = [
+    "model_index.json",
+    "transformer/config.json",
+    "text_encoder/config.json",
+    "transformer/diffusion_pytorch_model.safetensors.index.json",
+]
+
+
+@pytest.mark.parametrize("file", JSONS)
+@pytest.mark.parametrize("where", ["value", "key"])
+def test_half_a_surrogate_pair(sharded: Path, output: Path, file: str, where: str) -> None:
+    """Python's JSON takes it, and it could never be written again."""
+
+    def spoil(data: Any) -> None:
+        data.update({"_x": ["\ud800"]} if where == "value" else {"_\udfff": 1})
+
+    edit_json(sharded / file, spoil)
+    refused(
+        sharded, "-o", output, names=f"{file} in {sharded} has half a surrogate pair", next_step="download it again"
+    )
+
+
+@pytest.mark.parametrize("file", JSONS)
+def test_json_beyond_its_limit_is_not_read(sharded: Path, output: Path, file: str) -> None:
+    os.truncate(sharded / file, 2 * 10**9)  # a sparse file
+    limit = 32 * 2**20 if "index." in file and "/" in file else 4 * 2**20
+    names = f"{file} in {sharded} has 2000000000 bytes, and at most {limit}"
+    refused(sharded, "-o", output, names=names, next_step="check that it is the right one")
+
+
+@pytest.mark.parametrize("file", JSONS)
+def test_json_of_too_many_values_is_not_parsed(sharded: Path, output: Path, file: str) -> None:
+    """Within the limit of bytes, and fifty times that in memory."""
+    (sharded / file).write_bytes(b'{"a":[' + b"[]," * 1_100_000 + b"[]]}")
+    refused(sharded, "-o", output, names=f"{file} in {sharded} has more than 2000000", next_step="download it again")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+@pytest.mark.parametrize("file", [*JSONS[:2], DIT, "tokenizer/tokenizer.json", "LICENSE"])
+def test_fifo_instead_of_a_file(source: Path, output: Path, file: str) -> None:
+    """Opened as a file it would wait for ever."""
+    (source / file).unlink(missing_ok=True)
+    os.mkfifo(source / file)
+    refused(source, "-o", output, names=f"{file} in {source} is a FIFO", next_step="replace it by the file")
+
+
+def test_fifo_instead_of_an_input_scales_file(tmp_path: Path, output: Path) -> None:
+    os.mkfifo(tmp_path / "scales")
+    options = ["--activation-scheme", "static", "--input-scales", tmp_path / "scales"]
+    refused(saved("z_image"), "-o", output, *options, names="scales is a FIFO", next_step="replace it by the file")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [10**8, 1e30, [float("nan"), 10**8], [1] * 100_000, {"deep": [[{"n_layers": 10**12}]]}],
+    ids=["number", "float", "in a list", "list", "nested"],
+)
+def test_more_layers_than_weights(source: Path, output: Path, value: Any) -> None:
+    """Found before a class loops over them."""
+    for component, key in (("transformer", "n_layers"), ("text_encoder", "num_hidden_layers")):
+        edit_json(source / component / "config.json", lambda config, key=key: config.update({key: value}))
+    refused(source, "-o", output, names="text_encoder/config.json asks for more layers", next_step="see --dry-run")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [[], 5, "fp8", True, {}, {"quant_method": []}, {"quant_method": {"a": 1}}, {"quant_method": "x" * 10_000}],
+    ids=lambda config: str(config)[:20],
+)
+def test_damaged_quantization_config(source: Path, output: Path, config: Any) -> None:
+    edit_json(source / "text_encoder/config.json", lambda data: data.update({"quantization_config": config}))
+    line = refused(source, "-o", output, names=f"text_encoder of {source}", next_step="give the original BF16")
+    assert len(line) < 1000
+
+
 # Snapshots that do not hold together
 
 INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"
@@ -497,6 +601,16 @@ def test_link_leaves_the_snapshot(source: Path, output: Path, file: str, dry_run
     refused(source, *arguments, names=f"{file} in {source}", next_step="replace the link by its file")
 
 
+def test_link_into_something_like_the_blobs_of_a_hub_cache(source: Path, output: Path) -> None:
+    """They are trusted in the Hub's cache, and not wherever an uploader's archive unpacks to that shape."""
+    snapshot = source.parent / "somewhere" / "snapshots" / "main"
+    shutil.copytree(source, snapshot)
+    (snapshot / "../../blobs").mkdir()
+    shutil.move(snapshot / DIT, snapshot / "../../blobs/secret")
+    (snapshot / DIT).symlink_to("../../../blobs/secret")
+    refused(snapshot, "-o", output, names=f"{DIT} in {snapshot}", next_step="replace the link by its file")
+
+
 def test_link_to_nowhere(source: Path, output: Path) -> None:
     (source / DIT).unlink()
     (source / DIT).symlink_to(source / "gone")
@@ -523,7 +637,9 @@ def test_model_index_names_a_missing_component(source: Path, output: Path) -> No
     refused(source, "-o", output, names="text_encoder", next_step="download it")
 
 
-@pytest.mark.parametrize("name", ["../vae", "/tmp", "a\nb", "", ".."])
+@pytest.mark.parametrize(
+    "name", ["../vae", "/tmp", "a\nb", "", "..", ".fp8-convert", ".cache", "fp8_convert.json", "text-encoder", "1"]
+)
 def test_model_index_names_no_folder(source: Path, output: Path, name: str) -> None:
     edit_json(source / "model_index.json", lambda index: index.update({name: ["diffusers", "AutoencoderKL"]}))
     refused(source, "-o", output, names=repr(name), next_step="download it again")

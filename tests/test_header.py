@@ -1,6 +1,7 @@
 """Safetensors headers: what is written is read back, and whatever is corrupt is a ConvertError and nothing else."""
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -221,9 +222,21 @@ def test_a_length_beyond_the_format_s_limit_is_refused_without_reading() -> None
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "missing.safetensors"):
-        with pytest.raises(ConvertError, match="cannot be read"):
-            read_header(path, "x")
+    with pytest.raises(ConvertError, match="x is a folder instead of a file"):
+        read_header(tmp_path, "x")
+    with pytest.raises(ConvertError, match="x cannot be read"):
+        read_header(tmp_path / "missing.safetensors", "x")
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(ConvertError, match="x is a FIFO instead of a file"):
+        read_header(tmp_path / "fifo", "x")
+
+
+def test_a_header_of_too_many_values_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lists would take a hundred times the room of what they say."""
+    raw = b'{"a":[' + b"[]," * 1_100_000 + b"[]]}"
+    monkeypatch.setattr(json, "loads", lambda *_, **__: pytest.fail("it was parsed"))
+    with pytest.raises(ConvertError, match=r"corrupt safetensors header: it has more than 2000000 JSON values"):
+        parsed(raw, 0)
 
 
 # Fuzzing: a ConvertError, or a header that can be written again and that safetensors accepts

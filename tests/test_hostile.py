@@ -13,17 +13,22 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fp8_convert.converter import ConvertError, convert, inspect, plan_conversion, verify
 from fp8_convert.converter.layout import encode_json
 from fp8_convert.converter.locate import SourceOptions
 from fp8_convert.converter.manifest import parse_manifest
+from fp8_convert.converter.modules import module_map
 from fp8_convert.converter.record import seal
 from fp8_convert.converter.render import render_inspection, render_verification
+from fp8_convert.converter.source import LocalFiles, describe
+from fp8_convert.loader.build import build
 from fp8_convert.loader.checkpoint import LoadError, check_record, fp8_modules, open_snapshot
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -336,3 +341,60 @@ def test_control_characters_in_file_names(snapshot: Path) -> None:
     with pytest.raises(ConvertError, match="control characters"):
         convert(snapshot / "s", snapshot / "out")
     assert not (snapshot / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def lone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted component that stands alone."""
+    folder = tmp_path_factory.mktemp("hostile") / "lone"
+    convert(saved("z_image") / "transformer", folder)
+    return folder
+
+
+@pytest.mark.parametrize("value", [None, 1e30, "", [[]], [{}], {"a": []}, ["x" * 5000], float("nan")], ids=ascii)
+def test_a_quantization_config_of_wrong_types(lone: Path, snapshot: Path, value: Any) -> None:
+    """As a whole and in each of its keys, in a source and in what claims to be converted."""
+    source = saved("z_image") / "transformer"
+    config = json.loads((lone / "config.json").read_text())
+    stated = config["quantization_config"]
+    for changed in (value, *({**stated, key: value} for key in stated), {**stated, "unknown": value}):
+        data = json.dumps({**config, "quantization_config": changed}).encode()
+        link_copy(lone, snapshot / "s")
+        forged(snapshot / "s", "config.json", data)
+        looked_at(snapshot / "s")
+        link_copy(source, snapshot / "source")
+        replaced(snapshot / "source", "config.json", data)
+        works_or_says(lambda: plan_conversion(snapshot / "source"))
+        works_or_says(lambda: inspect(snapshot / "source"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"block_out_channels": [16] * 10**5, "down_block_types": ["DownEncoderBlock2D"] * 10**5},
+        {"layers_per_block": 10**9},
+        {"latent_channels": -4},
+        {"block_out_channels": [10**30, 16]},
+        {"latent_channels": 1e30},
+        {"norm_num_groups": 0},
+    ],
+    ids=lambda change: "-".join(change),
+)
+def test_a_config_that_its_weights_do_not_bear_out(change: dict[str, Any]) -> None:
+    """The class is never built beyond what the checkpoint can hold, by converter and loader alike."""
+    (component,) = describe(LocalFiles(saved("z_image") / "vae")).components
+    hostile = replace(component, config={**component.config, **change})
+    problem = module_map(hostile).problem
+    assert problem is not None
+    assert len(problem) < 500
+    many = isinstance(next(iter(change.values())), list | int) and "asks for more" in problem
+    with pytest.raises(ConvertError if many else Exception):
+        build(hostile, torch.bfloat16)
+    assert module_map(component).problem is None  # nothing stays behind
+
+
+def test_numbers_of_layers_as_real_classes_have_them() -> None:
+    """What repeats is bounded by the number of tensors, with room for every class of the test pipelines."""
+    for name in ("z_image", "qwen_image", "wan22", "flux"):
+        for component in describe(LocalFiles(saved(name))).components:
+            assert module_map(component).problem is None, component.label

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
 import re
 import shutil
+import struct
+import subprocess
+import sys
+import termios
 import threading
+import traceback
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,11 +24,13 @@ from click.testing import CliRunner
 from fp8_convert.converter import ConvertError, ResumableError, convert, plan_conversion, space, verify
 from fp8_convert.converter.cli import main
 from fp8_convert.converter.demo import build_tiny_pipeline
-from fp8_convert.converter.hub import HubFiles
-from fp8_convert.converter.locate import SourceOptions
+from fp8_convert.converter.hub import HubFiles, translated
+from fp8_convert.converter.locate import SourceOptions, describe_source, open_files
 from fp8_convert.converter.progress import Silent
+from fp8_convert.converter.source import file_stat
+from fp8_convert.converter.supply import StreamedSupply
 from hub_server import Fault, HubServer, running_hub
-from pipelines import saved
+from pipelines import copied, saved
 from safetensors.torch import load_file, save_file
 
 REPO = "Tongyi-MAI/Z-Image-Turbo"
@@ -128,6 +139,210 @@ def test_token_reaches_the_hub_and_not_the_cdn(hub: HubServer, tiny: Path, tmp_p
     assert {r.authorization for r in hub.log if r.route == "cdn"} == {None}
 
 
+SECRET = "hf_s3cret"
+
+
+@pytest.mark.parametrize("token", [f"{SECRET}\r\n", f" {SECRET}\n", f"{SECRET}\r"])
+@pytest.mark.parametrize("where", ["option", "HF_TOKEN", "file"])
+def test_token_with_the_line_end_of_its_file(
+    hub: HubServer, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: str, where: str
+) -> None:
+    hub.add_repo(REPO, tiny, private_token=SECRET)
+    options = store_token(token, where, tmp_path, monkeypatch)
+    result = CliRunner().invoke(main, [REPO, "--dry-run", "--json", *options])
+    assert result.exit_code == 0, result.stderr
+    assert {r.authorization for r in hub.log if r.route != "cdn"} == {f"Bearer {SECRET}"}
+
+
+@pytest.mark.parametrize(
+    "token",
+    [f"{SECRET}\x01x", f"{SECRET} {SECRET}", f"{SECRET}é", f"{SECRET}\0", f"\ufeff{SECRET}", f"{SECRET}\x80"],
+    ids=ascii,
+)
+@pytest.mark.parametrize("where", ["option", "HF_TOKEN", "file"])
+def test_token_that_no_header_can_carry(
+    hub: HubServer, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: str, where: str
+) -> None:
+    """The client's own error has the token in it."""
+    if where == "HF_TOKEN" and "\0" in token:
+        pytest.skip("no environment can hold it")
+    hub.add_repo(REPO, tiny)
+    options = store_token(token, where, tmp_path, monkeypatch)
+    result = CliRunner().invoke(main, [REPO, "--dry-run", *options])
+    assert result.exit_code == 1, result.exception
+    assert result.stderr.startswith("error: The Hub token")
+    assert result.stderr.count("\n") == 1
+    assert "s3cret" not in result.output + result.stderr
+    assert hub.log == []
+
+
+def store_token(token: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Put a token where the client finds it; returns the options that name it."""
+    if where == "HF_TOKEN":
+        monkeypatch.setenv("HF_TOKEN", token)
+    elif where == "file":
+        (tmp_path / "home").mkdir(exist_ok=True)
+        (tmp_path / "home" / "token").write_bytes(token.encode())
+    return ["--token", token] if where == "option" else []
+
+
+def test_token_file_that_is_no_text(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
+    hub.add_repo(REPO, tiny)
+    (tmp_path / "home").mkdir(exist_ok=True)
+    (tmp_path / "home" / "token").write_bytes(b"hf_s3cret\xff\xfe")
+    with pytest.raises(ConvertError, match=r"The Hub token of this machine .* is no text; log in") as caught:
+        plan_conversion(REPO)
+    assert "s3cret" not in "".join(traceback.format_exception(caught.value))
+    plan_conversion(REPO, options=SourceOptions(token=False))
+    plan_conversion(REPO, options=SourceOptions(token="hf_other"))
+
+
+def test_token_that_is_empty(hub: HubServer, tiny: Path) -> None:
+    """Such as a secret that a CI job does not have."""
+    hub.add_repo(REPO, tiny)
+    result = CliRunner().invoke(main, [REPO, "--dry-run", "--token", ""])
+    assert (result.exit_code, result.stderr) == (1, "error: The Hub token is empty; pass one, or none at all.\n")
+
+
+def test_token_true_and_false(hub: HubServer, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add_repo(REPO, tiny)
+    with pytest.raises(ConvertError, match="token=True asks for the Hub token of this machine, and it has none"):
+        plan_conversion(REPO, options=SourceOptions(token=True))
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    for token, sent in ((True, f"Bearer {SECRET}"), (None, f"Bearer {SECRET}"), (False, None)):
+        hub.clear_log()
+        plan_conversion(REPO, options=SourceOptions(token=token))
+        assert {r.authorization for r in hub.log if r.route != "cdn"} == {sent}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Illegal header value b'Bearer my-own-token'",
+        "authorization: Bearer abc.def/ghi",
+        "my-own-token is no token",
+        "stored-token is no token",
+        "GET https://user:pass-word@host/x failed",
+        "GET https://cdn.host/x?Signature=abc&Key=def failed",
+        "the token hf_ABCdef012 was refused",
+    ],
+)
+def test_what_the_client_says_is_passed_on_without_secrets(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = ("my-own-token", "stored-token", "abc", "pass-word", "ABCdef012", "def")
+    monkeypatch.setenv("HF_TOKEN", "stored-token")
+    own = None if text.startswith("stored") else "my-own-token"
+    with pytest.raises(ResumableError, match="cannot be reached") as caught, translated(REPO, SourceOptions(token=own)):
+        raise OSError(text)
+    shown = "".join(traceback.format_exception(caught.value)).split("ResumableError: ")[-1]
+    assert not any(secret in shown for secret in secrets), shown
+    assert "my-own-token" not in repr(SourceOptions(token="my-own-token"))
+
+
+def test_something_else_answers_for_the_hub(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A portal or proxy sends its own page."""
+
+    class Portal(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>Log in</html>")
+
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Portal) as portal:
+        thread = threading.Thread(target=portal.serve_forever, args=(0.02,))
+        thread.start()
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{portal.server_address[1]}")
+        result = CliRunner().invoke(main, [REPO, "--dry-run"])
+        portal.shutdown()
+        thread.join()
+    assert result.exit_code == 1, result.exception
+    assert "What answers for the Hub about Tongyi-MAI/Z-Image-Turbo is not understood" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("HF_ENDPOINT", ":::"), ("HTTP_PROXY", ":bad:"), ("HF_OIDC_RESOURCE", "x")], ids=str
+)
+def test_settings_of_the_client_that_it_cannot_use(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    if name == "HF_ENDPOINT":
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", value)
+    result = CliRunner().invoke(main, [REPO, "--dry-run"])
+    assert result.exit_code == 1, result.exception
+    assert result.stderr.startswith(f"error: The Hub cannot be reached for {REPO} (")
+
+
+def test_a_config_beyond_its_limit_is_not_downloaded(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
+    folder = copied(tiny, tmp_path / "large")
+    os.truncate(folder / "transformer" / "config.json", 4 * 2**20 + 1)
+    hub.add_repo(REPO, folder)
+    with pytest.raises(ConvertError, match=r"transformer/config.json in .* has 4194305 bytes, and at most 4194304"):
+        plan_conversion(REPO)
+    assert "transformer/config.json" not in {r.file for r in hub.log}
+
+
+def test_files_are_opened_before_they_are_described(hub: HubServer, tiny: Path) -> None:
+    """So that source and commit can be shown first; the repository is listed once."""
+    hub.add_repo(REPO, tiny)
+    files = open_files(REPO, SourceOptions())
+    assert (files.repo, files.commit) == (REPO, hub.commit(REPO))
+    assert {r.route for r in hub.log} == {"api"}
+    listed = len(hub.log)
+    snapshot = describe_source(files, SourceOptions())
+    assert (snapshot.repo, snapshot.commit) == (REPO, hub.commit(REPO))
+    assert len([r for r in hub.log if r.route == "api"]) == listed
+    with pytest.raises(ConvertError, match="does not exist"):
+        open_files("./nowhere", SourceOptions())
+
+
+def test_a_component_s_folder_in_the_hub_cache_is_a_source(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
+    hub.add_repo(REPO, tiny)
+    convert(REPO, tmp_path / "out")
+    (folder,) = (tmp_path / "home").glob("hub/models--*/snapshots/*/transformer")
+    assert (folder / "config.json").is_symlink()
+    assert len(plan_conversion(folder).shards) == 1
+    other = copied(tiny, tmp_path / "models--a--b" / "snapshots" / "main")
+    (other / "transformer" / "config.json").unlink()
+    (other / "transformer" / "config.json").symlink_to("../../../blobs/x")
+    (tmp_path / "models--a--b" / "blobs").mkdir()
+    (tmp_path / "models--a--b" / "blobs" / "x").write_text("{}")
+    with pytest.raises(ConvertError, match="links outside the snapshot"):
+        plan_conversion(other)
+
+
+_FETCH = """
+import sys
+from fp8_convert.converter.locate import SourceOptions, fetch, open_source
+options = SourceOptions(cache_dir=sys.argv[2], quiet="quiet" in sys.argv)
+fetch(open_source(sys.argv[1], options), options)
+"""
+
+
+@pytest.mark.parametrize(
+    ("terminal", "options", "bars"), [(False, [], False), (True, [], True), (True, ["quiet"], False)], ids=str
+)
+def test_bars_of_the_client_are_for_terminals(
+    hub: HubServer, tiny: Path, tmp_path: Path, terminal: bool, options: list[str], bars: bool
+) -> None:
+    hub.add_repo(REPO, tiny)
+    reader, writer = os.openpty() if terminal else os.pipe()
+    if terminal:
+        fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))  # a bar of no width is empty
+    command = [sys.executable, "-W", "ignore", "-c", _FETCH, REPO, str(tmp_path / "cache"), *options]
+    with subprocess.Popen(command, stderr=writer, env=hub.client_env(tmp_path / "home")) as child:
+        os.close(writer)
+        said = b""
+        with contextlib.suppress(OSError):  # how a terminal ends
+            while piece := os.read(reader, 4096):
+                said += piece
+    os.close(reader)
+    assert child.returncode == 0, said
+    assert (b"Fetching" in said) == bars
+    assert bars or said == b""
+
+
 def test_a_branch_that_moves_midway_is_not_mixed(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     build_tiny_pipeline(other, seed=1)
@@ -187,6 +402,18 @@ def test_stream_keeps_two_source_shards_at_most(hub: HubServer, sharded: Path, t
     del streamed["fp8_convert.json"], local["fp8_convert.json"]
     assert streamed == local
     assert not list((tmp_path / "home").rglob("*.safetensors"))  # nothing went through the cache
+
+
+def test_a_streamed_shard_knows_its_file_once_it_has_arrived(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
+    hub.add_repo(REPO, tiny)
+    plan = plan_conversion(REPO)
+    assert {shard.source.stat for shard in plan.shards} == {None}
+    assert isinstance(plan.snapshot.files, HubFiles)
+    with StreamedSupply(plan.snapshot.files, tmp_path, plan.shards) as supply:
+        arrived = supply.take(plan.shards[0]).source
+        assert arrived.local is not None
+        assert arrived.stat == file_stat(arrived.local)
+    assert None not in {shard.source.stat for shard in plan_conversion(tiny).shards}
 
 
 @pytest.mark.parametrize("kind", ["cut", "reset", "status"])

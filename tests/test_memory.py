@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from fp8_convert.converter.header import TensorInfo, encode_header
 from fp8_convert.converter.modules import quiet_libraries
+from pipelines import copied, saved
 from reference import read_safetensors
 
 LIMIT = 300 * 2**20
@@ -81,6 +83,73 @@ def test_converting_while_loading_holds_the_result_and_little_more(three_gigabyt
     )
     imports, weights, peak = map(int, done.stdout.split())
     assert peak - imports - weights <= LIMIT, f"{(peak - imports - weights) / 2**20:.0f} MiB over imports and weights"
+
+
+def test_a_large_file_that_is_only_copied(tmp_path: Path) -> None:
+    """What lies beside the weights may be of any size, too."""
+    source = copied(saved("z_image"), tmp_path / "source")
+    (source / "tokenizer" / "vocab.txt").touch()
+    os.truncate(source / "tokenizer" / "vocab.txt", 2 * LIMIT)  # a sparse file
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _CHILD, source, tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    imports, peak = map(int, done.stdout.split())
+    assert peak - imports <= LIMIT, f"{(peak - imports) / 2**20:.0f} MiB over imports"
+    assert (tmp_path / "out" / "tokenizer" / "vocab.txt").stat().st_size == 2 * LIMIT
+    shutil.rmtree(tmp_path / "out")
+
+
+_PLANNING_CHILD = """
+import json, sys
+from fp8_convert.converter import ConvertError, plan_conversion
+
+def memory(key):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))
+
+plan_conversion(sys.argv[1])
+imports = memory("VmHWM:")
+for source in sys.argv[2:]:
+    try:
+        plan_conversion(source)
+    except ConvertError as error:
+        print(error)
+print(memory("VmHWM:") - imports)
+"""
+
+
+def test_dry_runs_of_hostile_sources(tmp_path: Path) -> None:
+    """Whatever an uploader wrote into a config, it is refused in little memory."""
+    good = saved("z_image") / "transformer"
+    config = json.loads((good / "config.json").read_text())
+    layers = {"n_layers": 10**8}
+    modules = {"all_patch_size": [2] * 10**5, "all_f_patch_size": [1] * 10**5}  # as many as no number tells
+    damages = {
+        "has 2147483648 bytes": None,
+        "has more than 2000000 JSON values": b'{"a":[' + b"[]," * 1_390_000 + b"[]]}",
+        "asks for more layers": json.dumps({**config, **layers}).encode(),
+        "asks for more modules": json.dumps({**config, **modules}).encode(),
+    }
+    sources = []
+    for number, content in enumerate(damages.values()):
+        sources.append(copied(good, tmp_path / str(number)))
+        if content is None:
+            os.truncate(sources[-1] / "config.json", 2**31)  # a sparse file
+        else:
+            (sources[-1] / "config.json").write_bytes(content)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _PLANNING_CHILD, good, *sources],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *messages, peak = done.stdout.splitlines()
+    for expected, message in zip(damages, messages, strict=True):
+        assert expected in message
+    assert int(peak) <= LIMIT, f"{int(peak) / 2**20:.0f} MiB over imports"
 
 
 long_run = pytest.mark.skipif("FP8_CONVERT_FAULTS" not in os.environ, reason="a minute more: runs in `make faults`")
