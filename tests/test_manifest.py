@@ -1,12 +1,17 @@
 """Manifests: the parser's strictness, and which manifest a snapshot gets."""
 
+import re
+from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 
 import pytest
 from fp8_convert.converter.errors import ConvertError
 from fp8_convert.converter.manifest import (
+    SECTIONS,
+    ComponentRules,
     FusionGroup,
+    Manifest,
     Rule,
     choose_manifest,
     load_manifest,
@@ -166,6 +171,17 @@ def test_wrong_structure(text: str, message: str) -> None:
 def test_text_that_is_no_utf_8() -> None:
     with pytest.raises(ConvertError, match="not valid TOML"):
         parse_manifest(b'name = "\xff"', "x.toml")
+
+
+def test_the_documented_schema_parses_and_has_every_key() -> None:
+    readme = Path(__file__).parent.parent / "manifests" / "README.md"
+    (example,) = re.findall(r"```toml\n(.*?)```", readme.read_text(), re.DOTALL)
+    manifest = parse_manifest(example.encode(), "README.md")
+    rules = manifest.components[0]
+    assert (manifest.optional, rules.optional, rules.never_layers[0].optional) == (True, True, True)
+    stated = {line.partition(" = ")[0] for line in example.splitlines() if " = " in line}
+    keys = {f.name for cls in (Manifest, ComponentRules, FusionGroup, Rule) for f in fields(cls)}
+    assert keys - {"sha256", "text", "path", "component", "components", *SECTIONS, "fusion_groups"} == stated
 
 
 # Choosing
