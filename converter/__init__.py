@@ -10,18 +10,24 @@ if TYPE_CHECKING:
     from .conversion import Result, convert, plan_conversion
     from .errors import ConvertError, ResumableError
     from .inspection import Inspection, inspect
+    from .manifest import Manifest, load_manifest
+    from .manifest_check import ManifestCheck, check_manifest
     from .plan import Plan
     from .verification import Verification, verify
 
 _MODULES = {
     "ConvertError": "errors",
     "Inspection": "inspection",
+    "Manifest": "manifest",
+    "ManifestCheck": "manifest_check",
     "Plan": "plan",
     "Result": "conversion",
     "ResumableError": "errors",
     "Verification": "verification",
+    "check_manifest": "manifest_check",
     "convert": "conversion",
     "inspect": "inspection",
+    "load_manifest": "manifest",
     "plan_conversion": "conversion",
     "verify": "verification",
 }
@@ -29,12 +35,16 @@ _MODULES = {
 __all__ = [
     "ConvertError",
     "Inspection",
+    "Manifest",
+    "ManifestCheck",
     "Plan",
     "Result",
     "ResumableError",
     "Verification",
+    "check_manifest",
     "convert",
     "inspect",
+    "load_manifest",
     "plan_conversion",
     "verify",
 ]

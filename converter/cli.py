@@ -18,12 +18,14 @@ from .demo import run_demo
 from .errors import ConvertError
 from .inspection import inspect
 from .locate import SourceOptions
-from .manifest import shipped
+from .manifest import load_manifest, shipped
+from .manifest_check import check_manifest
 from .modules import quiet_libraries
 from .progress import for_terminal
 from .recipe import ACTIVATION_SCHEMES, tool_version
 from .render import (
     render_inspection,
+    render_manifest_check,
     render_manifests,
     render_plan,
     render_result,
@@ -84,6 +86,19 @@ def _json_option(function: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")(function)
 
 
+def _hub_options(function: F) -> F:
+    """The options of SourceOptions."""
+    for option in (
+        click.option("--variant", help="Take *.VARIANT.safetensors where a component has them, such as fp16."),
+        click.option("--local-files-only", is_flag=True, help="Use the Hub cache and make no connection."),
+        click.option("--cache-dir", type=click.Path(path_type=Path), help="Hub cache to use."),
+        click.option("--token", help="Hub token; by default the one you logged in with."),
+        click.option("--revision", help="Branch, tag or commit of the Hub repository."),
+    ):
+        function = option(function)
+    return function
+
+
 @main.command("convert", cls=Conversion, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("source")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write the FP8 snapshot to.")
@@ -128,11 +143,7 @@ def _json_option(function: F) -> F:
 @click.option("--max-shard-size", metavar="SIZE", help="Cut larger output files, as in diffusers: 5GB, 500MB.")
 @click.option("--force", is_flag=True, help="Replace a finished FP8 snapshot.")
 @click.option("--check", is_flag=True, help="If the snapshot is finished already, read it and compare its digests.")
-@click.option("--revision", help="Branch, tag or commit of the Hub repository.")
-@click.option("--token", help="Hub token; by default the one you logged in with.")
-@click.option("--cache-dir", type=click.Path(path_type=Path), help="Hub cache to use.")
-@click.option("--local-files-only", is_flag=True, help="Use the Hub cache and make no connection.")
-@click.option("--variant", help="Take *.VARIANT.safetensors where a component has them, such as fp16.")
+@_hub_options
 def convert_command(
     source: str,
     output: Path | None,
@@ -215,14 +226,22 @@ def verify_command(path: Path, source: str | None, manifest: str | None, as_json
             sys.exit(1)
 
 
-@main.command("manifests")
+@main.group("manifests", invoke_without_command=True)
 @_json_option
-def manifests_command(as_json: bool) -> None:
-    """List the shipped manifests.
+@click.pass_context
+def manifests_command(context: click.Context, as_json: bool) -> None:
+    """List the shipped manifests; show one, or check one against a model.
 
     \b
-    Example: fp8-convert manifests
+    Example:
+      fp8-convert manifests
+      fp8-convert manifests show qwen-image > mine.toml
+      fp8-convert manifests check mine.toml Qwen/Qwen-Image
     """
+    if context.invoked_subcommand is not None:
+        if as_json:
+            raise click.UsageError(f"Put --json behind `manifests {context.invoked_subcommand}`.")
+        return
     manifests = list(shipped().values())
     if as_json:
         entries = [
@@ -232,6 +251,38 @@ def manifests_command(as_json: bool) -> None:
         click.echo(json.dumps(entries, indent=2))
     else:
         click.echo(render_manifests(manifests, terminal_width()))
+
+
+@manifests_command.command("show")
+@click.argument("manifest", metavar="NAME|PATH")
+@_json_option
+def show_command(manifest: str, as_json: bool) -> None:
+    """Print a manifest's TOML, to read or as a start for your own.
+
+    \b
+    Example: fp8-convert manifests show qwen-image > mine.toml
+    """
+    with _errors():
+        found = load_manifest(manifest)
+        click.echo(json.dumps(found.to_json(), indent=2) if as_json else found.text, nl=as_json)
+
+
+@manifests_command.command("check")
+@click.argument("manifest", metavar="NAME|PATH")
+@click.argument("source")
+@_hub_options
+@_json_option
+def check_command(manifest: str, source: str, as_json: bool, **hub: Any) -> None:
+    """Show what each entry of a manifest matches in SOURCE; exit code 1 if one matches nothing that must.
+
+    \b
+    Example: fp8-convert manifests check mine.toml Qwen/Qwen-Image
+    """
+    with _errors():
+        found = check_manifest(manifest, source, options=SourceOptions(**hub))
+        click.echo(json.dumps(found.to_json(), indent=2) if as_json else render_manifest_check(found, terminal_width()))
+        if not found.ok:
+            sys.exit(1)
 
 
 @main.command("demo")

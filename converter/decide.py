@@ -60,6 +60,12 @@ class PlannedTensor:
         return self.info.name.removesuffix(WEIGHT)
 
 
+_EXPERTS = Decision(
+    "experts",
+    "expert weights, which the component's class stacks in 3-D parameters: no layer of a kind that becomes FP8",
+)
+
+
 def keep_all(tensors: Iterable[TensorInfo], rule: str, why: str) -> list[PlannedTensor]:
     """The decisions for a component that is not converted."""
     return [PlannedTensor(t, Decision(rule, why)) for t in tensors]
@@ -112,9 +118,13 @@ def _decide_one(
     block: Block | None,
 ) -> Decision:
     if not tensor.name.endswith(WEIGHT):
+        if len(tensor.shape) == 3 and _is_of_experts(tensor.name):
+            return _EXPERTS
         return Decision("no weight", "biases, tables and buffers are small and stay as they are")
     module = tensor.name.removesuffix(WEIGHT)
     kind = modules.kinds.get(module)
+    if kind is None and modules.problem is None and _is_of_experts(module):
+        return _EXPERTS
     if kind is None:
         return Decision("unknown module", modules.problem or "no module of the component's class has this name")
     if kind not in rules.kinds:
@@ -129,12 +139,17 @@ def _decide_one(
         stored = rules.rule_for(rules.storage_layers, module) if compact else None
         if stored is None:
             return Decision(ignored.pattern, ignored.why, kind)
-        chosen = Decision(stored.pattern, stored.why, kind, STORAGE, STORAGE_BLOCK)
+        chosen = Decision(stored.pattern, stored.why, kind, STORAGE, STORAGE_BLOCK if kind == "Linear" else None)
     elif eligible := rules.rule_for(rules.eligible, module):
         chosen = Decision(eligible.pattern, eligible.why, kind, rules.mode, block if kind == "Linear" else None)
     else:
         return Decision("not eligible", "no pattern of the manifest makes it eligible", kind)
     return _fit(tensor, chosen, rules)
+
+
+def _is_of_experts(name: str) -> bool:
+    """Whether a name is one of a mixture's experts, as in `mlp.experts.gate_up_proj` or `mlp.experts.3.up_proj`."""
+    return "experts" in name.split(".")[:-1]
 
 
 def _fit(tensor: TensorInfo, decision: Decision, rules: ComponentRules) -> Decision:

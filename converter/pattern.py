@@ -39,11 +39,27 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def closest(pattern: str, names: Iterable[str], count: int = 3) -> list[str]:
-    """The names, or parts of names, that `pattern` most resembles: what a user may have meant."""
-    candidates: set[str] = set()
+    """The names, or parts of names, that `pattern` most resembles: what a user may have meant.
+
+    A word of the pattern that stands in no name is the likeliest slip: then only what resembles that word.
+    """
+    segments: set[str] = set()
+    pairs: set[str] = set()
     for name in names:
-        segments = [s for s in name.split(".") if not s.isdigit()]
-        candidates.update(segments)
-        candidates.update(".".join(pair) for pair in pairwise(segments))
+        parts = [s for s in name.split(".") if not s.isdigit()]
+        segments.update(parts)
+        pairs.update(".".join(pair) for pair in pairwise(parts))
     bare = pattern.removeprefix("re:").strip("*.")
-    return difflib.get_close_matches(bare, sorted(candidates), n=count, cutoff=0.3)
+    for word in _words(pattern):
+        if any(word in segment for segment in segments):
+            continue
+        if near := difflib.get_close_matches(word, sorted(segments), n=count, cutoff=0.6):
+            return near
+    return difflib.get_close_matches(bare, sorted(segments | pairs), n=count, cutoff=0.3)
+
+
+def _words(pattern: str) -> list[str]:
+    """The literal words of a pattern with wildcards: no regular expression's escapes and character classes."""
+    if pattern.startswith("re:") or any(wildcard in pattern for wildcard in "*?["):
+        return re.findall(r"[A-Za-z_]\w{2,}", re.sub(r"\\.|\[[^\]]*\]", " ", pattern.removeprefix("re:")))
+    return []

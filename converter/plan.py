@@ -6,18 +6,21 @@ anything is downloaded or written.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from . import layout
-from .decide import PlannedTensor, check_patterns, decide, expand_aliases, is_dit, keep_all
+from .coverage import kept_note, nothing_converted, unnamed_notes, why_unnamed
+from .decide import STORAGE_BLOCK, PlannedTensor, check_patterns, decide, expand_aliases, is_dit, keep_all
 from .errors import ConvertError
 from .header import PREFIX_BYTES
 from .manifest import ComponentRules
-from .modules import module_map
+from .matching import Match, components_of, match_entries, match_tables, refuse_problems, why_unmatched
+from .modules import ModuleMap, module_map
 from .recipe import Recipe
 from .schedule import Schedule, make_schedule, scale_domain
 from .sharding import OutputFile, cut_into_files
@@ -126,6 +129,21 @@ class Plan:
         """Bytes of weights that are measured first, because their fusion group does not fit the window."""
         return sum(t.info.nbytes for s in self.shards for t in s.tensors if scale_domain(t) in s.schedule.measured)
 
+    @cached_property
+    def compact_saves(self) -> int:
+        """Bytes that --compact would save beyond this plan: ignored DiT layers that the manifest has storage for."""
+        if self.recipe.compact:
+            return 0
+        return sum(
+            t.info.nbytes - t.info.numel - _scales_bytes(t.info.shape, STORAGE_BLOCK)
+            for c in self.components
+            if c.rules is not None and is_dit(c.rules)
+            for t in c.tensors
+            if t.decision.kind == "Linear"
+            and t.decision.rule in {rule.pattern for rule in c.rules.ignored_layers} - {*self.recipe.ignored_layers}
+            and c.rules.rule_for(c.rules.storage_layers, t.module)
+        )
+
     def to_json(self) -> dict[str, Any]:
         """The plan for scripts: every tensor with its decision, and the sums."""
         return {
@@ -171,17 +189,21 @@ def rows(component: ComponentPlan) -> list[Row]:
 
 def make_plan(snapshot: Snapshot, recipe: Recipe) -> Plan:
     """Decide every tensor of the snapshot and lay out every output file. Raises ConvertError for what cannot be."""
+    refuse_problems(recipe.manifest, match_tables(recipe.manifest, snapshot))
     chosen = {c.name: _rules_of(c, recipe) for c in snapshot.components}
     _check_components(snapshot, recipe, chosen)
-    decisions, notes, problems = _decide_all(snapshot, recipe, chosen)
+    maps = {c.name: module_map(c) for c in snapshot.components if chosen[c.name] is not None}
+    _check_entries(snapshot, recipe, maps)
+    decisions, notes, problems = _decide_all(snapshot, recipe, chosen, maps)
+    if not any(t.decision.fp8 for tensors in decisions.values() for t in tensors.values()):
+        asked = _user_patterns(recipe, chosen)
+        raise nothing_converted(snapshot, recipe.manifest, chosen, decisions, problems, asked)
+    notes += _coverage_notes(snapshot, recipe, chosen, decisions, problems)
     input_scales = _input_scales(decisions, recipe)
     components = tuple(
         _plan_component(c, chosen[c.name], decisions[c.name], recipe, input_scales, problems.get(c.name))
         for c in snapshot.components
     )
-    if not any(t.decision.fp8 for c in components for t in c.tensors):
-        why = next(iter(problems.values()), f"the manifest {recipe.manifest.name} finds no eligible weight")
-        raise ConvertError(f"Nothing in {snapshot.label} can be converted: {why}; see --dry-run or pass --manifest.")
     files = {}
     for component in components:
         if component.config is not None:
@@ -248,6 +270,31 @@ def _check_components(snapshot: Snapshot, recipe: Recipe, chosen: Mapping[str, C
             raise ConvertError(f"{option} applies to the DiT, and none is converted here; drop the option.")
 
 
+def _check_entries(snapshot: Snapshot, recipe: Recipe, maps: Mapping[str, ModuleMap]) -> None:
+    """Refuse a manifest with an entry that matches nothing in the components that are converted, `maps`.
+
+    What a table says may be meant for others of its components: those are asked before it is refused.
+    """
+    manifest = recipe.manifest
+    if manifest.optional:
+        return
+    for table in manifest.components:
+        components = components_of(manifest, table, snapshot)
+        selected = [c for c in components if c.name in maps]
+        if selected and any(m.problem for m in _matches_in(selected, table, recipe, maps)):
+            refuse_problems(manifest, _matches_in(components, table, recipe, maps))
+
+
+def _matches_in(
+    components: Sequence[Component], table: ComponentRules, recipe: Recipe, maps: Mapping[str, ModuleMap]
+) -> list[Match]:
+    """What the table's entries match in the components; empty where that cannot be said of one of them."""
+    known = [maps.get(c.name) or module_map(c) for c in components]
+    if any(why_unmatched(c, m) for c, m in zip(components, known, strict=True)):
+        return []
+    return match_entries(recipe.manifest, table, components, known)
+
+
 def _check_unquantized(component: Component, snapshot: Snapshot) -> None:
     """Refuse to quantise again, by name."""
     label = f"{component.label} of {snapshot.label}"
@@ -267,7 +314,10 @@ def _check_unquantized(component: Component, snapshot: Snapshot) -> None:
 
 
 def _decide_all(
-    snapshot: Snapshot, recipe: Recipe, chosen: Mapping[str, ComponentRules | None]
+    snapshot: Snapshot,
+    recipe: Recipe,
+    chosen: Mapping[str, ComponentRules | None],
+    maps: Mapping[str, ModuleMap],
 ) -> tuple[dict[str, dict[str, PlannedTensor]], list[str], dict[str, str]]:
     """Decisions by component and tensor name, notes for the user, and why classes could not be built."""
     decisions: dict[str, dict[str, PlannedTensor]] = {}
@@ -281,7 +331,7 @@ def _decide_all(
         if rules is None:
             decided = keep_all(tensors, "component", _why_kept(component, recipe))
         else:
-            modules = module_map(component)
+            modules = maps[component.name]
             dit = is_dit(rules)
             if modules.problem:
                 problems[component.name] = modules.problem
@@ -298,16 +348,44 @@ def _decide_all(
             )
             notes += said
         decisions[component.name] = {t.info.name: t for t in decided}
-    if not problems:
+    if not any(name in problems for name, rules in chosen.items() if rules is not None and is_dit(rules)):
         check_patterns(recipe.ignored_layers, groups, layers)
     return decisions, list(dict.fromkeys(notes)), problems
+
+
+def _coverage_notes(
+    snapshot: Snapshot,
+    recipe: Recipe,
+    chosen: Mapping[str, ComponentRules | None],
+    decisions: Mapping[str, Mapping[str, PlannedTensor]],
+    problems: Mapping[str, str],
+) -> list[str]:
+    """What stays as it is and might surprise. Raises ConvertError for a DiT of which next to nothing becomes FP8."""
+    asked = _user_patterns(recipe, chosen)
+    notes = [] if recipe.components else unnamed_notes(snapshot, recipe.manifest)
+    for component in snapshot.components:
+        rules = chosen[component.name]
+        if rules is None or component.name in problems:
+            continue
+        tensors = list(decisions[component.name].values())
+        note = kept_note(component.label, tensors, rules, asked, recipe.manifest.name)
+        notes += [note] if note else []
+    return notes
+
+
+def _user_patterns(recipe: Recipe, chosen: Mapping[str, ComponentRules | None]) -> set[str]:
+    """The user's ignored layers as decisions name them, aliases expanded."""
+    groups = [g for rules in chosen.values() if rules is not None and is_dit(rules) for g in rules.fusion_groups]
+    return set(expand_aliases(recipe.ignored_layers, groups))
 
 
 def _why_kept(component: Component, recipe: Recipe) -> str:
     if recipe.components and component.name not in recipe.components:
         return "not among the components asked for"
     rules = recipe.manifest.rules_for(component.name, component.class_name)
-    return (rules.why if rules else "") or f"the manifest {recipe.manifest.name} does not convert it"
+    if rules is None:
+        return why_unnamed(component, recipe.manifest)
+    return rules.why or f"the manifest {recipe.manifest.name} does not convert it"
 
 
 def _input_scales(decisions: Mapping[str, Mapping[str, PlannedTensor]], recipe: Recipe) -> dict[str, float]:
@@ -428,10 +506,11 @@ def _index(component: ComponentPlan) -> bytes:
 
 
 def _scale_bytes(tensor: PlannedTensor) -> int:
-    total = 4
-    for size in layout.scale_shape(tensor.info.shape, tensor.decision.block):
-        total *= size
-    return total
+    return _scales_bytes(tensor.info.shape, tensor.decision.block)
+
+
+def _scales_bytes(shape: tuple[int, ...], block: layout.Block | None) -> int:
+    return 4 * math.prod(layout.scale_shape(shape, block))
 
 
 def _component_json(component: ComponentPlan) -> dict[str, Any]:

@@ -10,9 +10,13 @@ from collections.abc import Iterable, Sequence
 from .conversion import Result
 from .inspection import Inspection
 from .manifest import Manifest
+from .manifest_check import ManifestCheck
+from .matching import Match
 from .plan import Plan, rows
 from .units import bytes_text
 from .verification import Verification
+
+_WORTH_SAYING = 0.05  # of the bytes: what --compact must save to be mentioned
 
 
 def terminal_width() -> int | None:
@@ -39,6 +43,10 @@ def render_plan(plan: Plan, width: int | None = None) -> str:
     before = plan.bytes_to_read
     after = sum(s.size for s in plan.shards)
     lines += ["", f"total: {_change(before, after)} in {_plural(len(plan.shards), 'file')}"]
+    if plan.compact_saves > _WORTH_SAYING * after:
+        lines.append(
+            f"--compact would store the ignored DiT layers in FP8 too: {_change(before, after - plan.compact_saves)}"
+        )
     if plan.bytes_read_twice:
         lines.append(f"{bytes_text(plan.bytes_read_twice)} are read twice: their fusion groups are measured first")
     return _text(lines)
@@ -93,6 +101,34 @@ def render_manifests(manifests: Sequence[Manifest], width: int | None = None) ->
         chosen = ", ".join((*manifest.repos, *manifest.pipelines)) or "anything else"
         table.append([manifest.name, manifest.description, chosen])
     return "\n".join(_table(table, right=(), width=width, words=2))
+
+
+def render_manifest_check(check: ManifestCheck, width: int | None = None) -> str:
+    """A table per component table of the manifest: what each entry matches, and what matches nothing."""
+    lines = [f"{check.manifest} against {check.source}"]
+    by_table: dict[str, list[Match]] = {}
+    for match in check.matches:
+        by_table.setdefault(match.table, []).append(match)
+    for name, matches in by_table.items():
+        applied = ", ".join(matches[0].examples) or "no component"
+        lines += ["", f"components.{name} applies to {applied}"]
+        table = [["section", "matches", "", "entry", "examples"]]
+        table += [[m.section, str(m.count), _mark(m), m.entry, ", ".join(m.examples)] for m in matches if m.section]
+        if len(table) > 1 and matches[0].count:
+            lines += _table(table, right=(1,), width=width, words=2)
+    lines.append("")
+    lines += [f"{name} is not checked: {problem}" for name, problem in check.unchecked.items()]
+    lines += [f"no table names {name}: it is kept" for name in check.unnamed]
+    lines += [f"PROBLEM: {m.place}: {m.problem}" for m in check.matches if m.problem]
+    wrong = sum(1 for m in check.matches if m.problem)
+    lines.append("ok" if check.ok else _plural(wrong + len(check.unchecked), "problem"))
+    return _text(lines)
+
+
+def _mark(match: Match) -> str:
+    if match.problem:
+        return "PROBLEM"
+    return "" if match.count or match.section == "classes" else "optional"
 
 
 def _text(lines: Iterable[str]) -> str:

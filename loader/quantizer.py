@@ -308,7 +308,8 @@ def _plan_of(component: Component, folder: Path, config: Fp8Config) -> tuple[Com
         block=None if config.weight_block_size is None else (config.weight_block_size[0], config.weight_block_size[1]),
         activation_scheme=config.activation_scheme,
     )
-    snapshot = Snapshot(str(folder), None, None, pipeline, (component,), (), LocalFiles(folder))
+    # No pipeline: the manifest is not to miss the other components.
+    snapshot = Snapshot(str(folder), None, None, None, (component,), (), LocalFiles(folder))
     plan = make_plan(snapshot, recipe)
     return plan.components[0], plan.input_scales
 

@@ -361,8 +361,9 @@ def test_missing_manifest_file(tmp_path: Path, output: Path) -> None:
 
 def test_manifest_that_finds_nothing(tmp_path: Path, output: Path) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text(MANIFEST.replace("layers.*", "blocks.*"))
-    refused(saved("z_image"), "-o", output, "--manifest", path, names="mine", next_step="pass --manifest")
+    path.write_text(MANIFEST.replace("layers.*", "layer.*"))
+    place = f"{path}, components.transformer, eligible[0]: the pattern 'layer.*' matches no module of transformer"
+    refused(saved("z_image"), "-o", output, "--manifest", path, names=place, next_step="did you mean layers")
 
 
 # Damaged files
@@ -669,7 +670,7 @@ def test_source_does_not_exist(tmp_path: Path, output: Path) -> None:
 def test_class_that_no_library_has(source: Path, output: Path) -> None:
     for component in ("transformer", "text_encoder"):
         edit_json(source / "model_index.json", lambda i, c=component: i.update({c: ["my_module", "MyModel"]}))
-    refused(source, "-o", output, names="MyModel", next_step="pass --manifest")
+    refused(source, "-o", output, names="MyModel", next_step="upgrade diffusers or transformers")
 
 
 # Targets that cannot be written

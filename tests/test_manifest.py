@@ -1,12 +1,17 @@
 """Manifests: the parser's strictness, and which manifest a snapshot gets."""
 
+import re
+from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 
 import pytest
 from fp8_convert.converter.errors import ConvertError
 from fp8_convert.converter.manifest import (
+    SECTIONS,
+    ComponentRules,
     FusionGroup,
+    Manifest,
     Rule,
     choose_manifest,
     load_manifest,
@@ -67,43 +72,72 @@ def test_the_digest_is_that_of_the_file() -> None:
 
 
 CHANGES = {
-    "unknown key at the top": ('name = "x"', 'name = "x"\nnames = 1', "unknown key 'names'; known keys are name,"),
+    "unknown key at the top": (
+        'name = "x"',
+        'name = "x"\ncolour = 1',
+        "x.toml: unknown key 'colour'; known keys are name,",
+    ),
+    "mistyped key at the top": ('name = "x"', 'name = "x"\nnames = 1', "unknown key 'names'; did you mean 'name'?"),
     "unknown key of a component": (
         'mode = "keep"',
-        'mode = "keep"\nignored = []',
-        "text_encoder.*unknown key 'ignored'",
+        'mode = "keep"\nignored_layer = []',
+        r"x.toml, components.text_encoder\*: unknown key 'ignored_layer'; did you mean 'ignored_layers'?",
     ),
     "unknown key of a rule": ('pattern = "attn"', 'pattern = "attn"\nwho = "me"', r"eligible\[0\]: unknown key 'who'"),
     "unknown key of a group": ('parent = "attn"', 'parent = "attn"\nx = 1', r"fusion_groups\[0\]: unknown key 'x'"),
-    "no name": ('name = "x"', "", "'name' must be a text"),
-    "empty name": ('name = "x"', 'name = ""', "'name' must be a text"),
-    "name no text": ('name = "x"', "name = 1", "'name' must be a text"),
-    "description no text": ('"for tests"', "1", "'description' must be a text"),
-    "repos a text": ('["org/x"]', '"org/x"', "'repos' must be a list of texts"),
-    "repos an empty text": ('["org/x"]', '""', "'repos' must be a list of texts"),
-    "repos false": ('["org/x"]', "false", "'repos' must be a list of texts"),
-    "repos with a number": ('["org/x"]', "[1]", "'repos' must be a list of texts"),
-    "no mode": ('mode = "keep"', "", "'mode' must be one of w8a8, storage, keep"),
-    "unknown mode": ('mode = "keep"', 'mode = "fp4"', "'mode' must be one of w8a8, storage, keep"),
-    "mode a list": ('mode = "keep"', 'mode = ["keep"]', "'mode' must be one of"),
-    "unknown kind": ('kinds = ["Linear"]', 'kinds = ["Embedding"]', "'kinds' must be a list out of Linear"),
+    "no name": ('name = "x"', "", "'name' is missing; add it, a string"),
+    "empty name": ('name = "x"', 'name = ""', "'name' must be a string that is not empty, not ''"),
+    "name a number": ('name = "x"', "name = 1", "x.toml: 'name' must be a string, not 1"),
+    "description a number": ('"for tests"', "1", "'description' must be a string, not 1"),
+    "repos a string": ('["org/x"]', '"org/x"', "'repos' must be a list of strings, not 'org/x'"),
+    "repos an empty string": ('["org/x"]', '""', "'repos' must be a list of strings, not ''"),
+    "repos false": ('["org/x"]', "false", "'repos' must be a list of strings, not False"),
+    "repos with a number": ('["org/x"]', "[1]", r"'repos' must be a list of strings, not \[1\]"),
+    "a long value": (
+        '["org/x"]',
+        str(list(range(99))),
+        r"'repos' must be a list of strings, not \[0, 1, .{40,60}…; correct",
+    ),
+    "no mode": ('mode = "keep"', "", "'mode' is missing; add it, one of w8a8, storage, keep"),
+    "unknown mode": ('mode = "keep"', 'mode = "fp4"', "'mode' must be one of w8a8, storage, keep, not 'fp4'"),
+    "mode a list": ('mode = "keep"', 'mode = ["keep"]', r"'mode' must be one of w8a8, storage, keep, not \['keep'\]"),
+    "unknown kind": (
+        'kinds = ["Linear"]',
+        'kinds = ["Embedding"]',
+        r"'kinds' must be a list with any of Linear, Conv2d, Conv3d, not \['Embedding'\]",
+    ),
     "no kinds": ('kinds = ["Linear"]', "", "mode 'w8a8' needs kinds and eligible patterns"),
-    "block of one number": ("[64, 128]", "[64]", "'weight_block_size' must be two positive integers"),
-    "block of zero": ("[64, 128]", "[64, 0]", "'weight_block_size' must be two positive integers"),
-    "block of truths": ("[64, 128]", "[true, true]", "'weight_block_size' must be two positive integers"),
-    "block of texts": ("[64, 128]", '["64", "128"]', "'weight_block_size' must be two positive integers"),
-    "unknown unaligned": ('"keep"\n\n[[', '"drop"\n\n[[', "'unaligned' must be one of pad, keep"),
-    "rule without a pattern": ('pattern = "attn"', "", r"eligible\[0\]: 'pattern' must be a text"),
+    "block of one number": ("[64, 128]", "[64]", r"'weight_block_size' must be two positive integers, not \[64\]"),
+    "block of zero": ("[64, 128]", "[64, 0]", r"'weight_block_size' must be two positive integers, not \[64, 0\]"),
+    "block of truths": ("[64, 128]", "[true, true]", "'weight_block_size' must be two positive integers, not"),
+    "block of strings": ("[64, 128]", '["64", "128"]', "'weight_block_size' must be two positive integers, not"),
+    "unknown unaligned": ('"keep"\n\n[[', '"drop"\n\n[[', "'unaligned' must be one of pad, keep, not 'drop'"),
+    "optional a string": ('pattern = "attn"', 'pattern = "attn"\noptional = "yes"', "'optional' must be true or false"),
+    "optional a number": (
+        'mode = "keep"',
+        'mode = "keep"\noptional = 1',
+        r"\*: 'optional' must be true or false, not 1",
+    ),
+    "optional a list": (
+        'name = "x"',
+        'name = "x"\noptional = []',
+        r"x.toml: 'optional' must be true or false, not \[\]",
+    ),
+    "rule without a pattern": ('pattern = "attn"', "", r"eligible\[0\]: 'pattern' is missing; add it, a string"),
     "rule without evidence": (
         'pattern = "attn"\nwhy = "evidence"',
         'pattern = "attn"',
-        r"eligible\[0\]: 'why' must be",
+        r"x.toml, components.transformer, eligible\[0\]: 'why' is missing; add it, a string",
     ),
     "rule with empty evidence": ('pattern = "attn"\nwhy = "evidence"', 'pattern = "attn"\nwhy = ""', "'why' must be"),
-    "bad regular expression": ('pattern = "attn"', 'pattern = "re:("', "no valid regular expression"),
-    "empty pattern": ('pattern = "attn"', 'pattern = "."', "empty pattern"),
-    "group of one": ('["to_q", "to_k"]', '["to_q"]', "at least two members"),
-    "bad parent": ('parent = "attn"', 'parent = "re:["', "no valid regular expression"),
+    "bad regular expression": (
+        'pattern = "attn"',
+        'pattern = "re:("',
+        r"x.toml, components.transformer, eligible\[0\]: The pattern 're:\(' is no valid regular expression",
+    ),
+    "empty pattern": ('pattern = "attn"', 'pattern = "."', r"eligible\[0\]: An empty pattern"),
+    "group of one": ('["to_q", "to_k"]', '["to_q"]', "at least two members, not 1"),
+    "bad parent": ('parent = "attn"', 'parent = "re:["', r"fusion_groups\[0\]: The pattern 're:\[' is no valid"),
     "no TOML": ('name = "x"', "name = ", "x.toml is not valid TOML"),
     "a key twice": ('name = "x"', 'name = "x"\nname = "y"', "x.toml is not valid TOML"),
 }
@@ -119,9 +153,9 @@ def test_strictness(old: str, new: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('name = "x"\ncomponents = []', "'components' must be a table"),
-        ('name = "x"\ncomponents = "transformer"', "'components' must be a table"),
-        ('name = "x"\n[components]\ntransformer = 1', "components.transformer must be a table"),
+        ('name = "x"\ncomponents = []', r"'components' must be a table, not \[\]"),
+        ('name = "x"\ncomponents = "transformer"', "'components' must be a table, not 'transformer'"),
+        ('name = "x"\n[components]\ntransformer = 1', "x.toml, components.transformer must be a table, not 1"),
         ('name = "x"\n[components.t]\nmode = "keep"\neligible = ""', "'eligible' must be an array of tables"),
         ('name = "x"\n[components.t]\nmode = "keep"\neligible = ["attn"]', r"eligible\[0\] must be a table"),
         ('name = "x"\n[components.t]\nmode = "keep"\n[components.t.eligible]\npattern = "a"', "'eligible' must be an"),
@@ -139,21 +173,43 @@ def test_text_that_is_no_utf_8() -> None:
         parse_manifest(b'name = "\xff"', "x.toml")
 
 
+def test_the_documented_schema_parses_and_has_every_key() -> None:
+    readme = Path(__file__).parent.parent / "manifests" / "README.md"
+    (example,) = re.findall(r"```toml\n(.*?)```", readme.read_text(), re.DOTALL)
+    manifest = parse_manifest(example.encode(), "README.md")
+    rules = manifest.components[0]
+    assert (manifest.optional, rules.optional, rules.never_layers[0].optional) == (True, True, True)
+    stated = {line.partition(" = ")[0] for line in example.splitlines() if " = " in line}
+    keys = {f.name for cls in (Manifest, ComponentRules, FusionGroup, Rule) for f in fields(cls)}
+    assert keys - {"sha256", "text", "path", "component", "components", *SECTIONS, "fusion_groups"} == stated
+
+
 # Choosing
 
 
 def test_manifests_by_name_and_by_path(tmp_path: Path) -> None:
     assert load_manifest("qwen-image") == shipped()["qwen-image"]
-    path = tmp_path / "mine.toml"
+    path = tmp_path / "x.toml"
     path.write_text(GOOD)
-    assert load_manifest(str(path)).name == "x"
+    manifest = load_manifest(str(path))
+    assert (manifest.name, manifest.path, manifest.where, manifest.text) == ("x", path, str(path), GOOD)
+    assert load_manifest("z-image").where == "z-image.toml"
     with pytest.raises(ConvertError, match=r"no manifest named 'qwen'; use one of default, .*qwen-image"):
         load_manifest("qwen")
     with pytest.raises(ConvertError, match=r"gone\.toml cannot be read"):
         load_manifest(str(tmp_path / "gone.toml"))
 
 
-def test_a_manifest_is_named_like_its_file() -> None:
+def test_a_manifest_of_ones_own_is_named_like_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(GOOD)
+    with pytest.raises(
+        ConvertError, match=r"mine\.toml: 'name' must be 'mine', as the file is called, not 'x'; correct"
+    ):
+        load_manifest(str(path))
+
+
+def test_a_shipped_manifest_is_named_like_its_file() -> None:
     files = {e.name: e for e in resources.files("fp8_convert.manifests").iterdir() if e.name.endswith(".toml")}
     assert files
     assert {name: f"{parse_manifest(e.read_bytes(), name).name}.toml" for name, e in files.items()} == {
@@ -198,3 +254,9 @@ def test_rules_for_a_component() -> None:
     assert manifest.rules_for("", "XModel") is transformer  # a component's folder, alone
     assert manifest.rules_for("", "T5EncoderModel") is text_encoder
     assert manifest.rules_for("vae", "AutoencoderKL") is None
+
+
+@pytest.mark.parametrize("name", ["z-image", "qwen-image", "wan2.2"])
+def test_a_lone_component_of_another_class_gets_no_rules_that_name_theirs(name: str) -> None:
+    rules = shipped()[name].rules_for("", "FluxTransformer2DModel")
+    assert rules is None

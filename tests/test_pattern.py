@@ -75,6 +75,19 @@ def test_closest_offers_segments_and_pairs() -> None:
     names = ["transformer_blocks.0.img_mlp.net.2", "transformer_blocks.0.attn.to_q", "proj_out"]
     assert closest("img_mpl", names)[0] == "img_mlp"
     assert closest("*.to_qq", names)[0] == "to_q"
-    assert "attn.to_q" in closest("re:attn.to_k", names)
+    assert closest("attn.to_k", names)[0] == "attn.to_q"
     assert closest("zzzzzzzz", names) == []
     assert len(closest("t", [f"t{i}" for i in range(9)])) == 3
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name"),
+    [
+        ("layers.*.adaLN_modulaton.*", "adaLN_modulation"),
+        (r"re:(?:model\.)?layers\.\d+\.self_atn\.[qkvo]_proj", "self_attn"),
+        (r"re:(?:\w+\.)+\d+\.fed_forward\.w[1-3]", "feed_forward"),
+    ],
+)
+def test_closest_finds_the_word_that_is_mistyped(pattern: str, name: str) -> None:
+    names = ["model.layers.0.self_attn.q_proj", "layers.3.adaLN_modulation.0", "layers.11.feed_forward.w1"]
+    assert name in closest(pattern, names)

@@ -279,6 +279,7 @@ def test_a_consumer_may_stop_early(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 MANIFEST = """
 name = "all"
+optional = true
 [components."*"]
 classes = ["WanTransformer3DModel", "AutoencoderKL"]
 mode = "w8a8"
