@@ -167,11 +167,19 @@ def _options(function: Callable[..., Any]) -> list[str]:
 def _fetch(
     snapshot: Snapshot, settings: Settings | None, options: SourceOptions, verify: bool
 ) -> tuple[Snapshot, Path]:
-    """The snapshot with its files on this machine, its digests checked where that is asked for."""
+    """The snapshot with its files on this machine, its digests checked where that is asked for.
+
+    A variant that an original snapshot lacks is refused; a converted one has none, whatever it was made from.
+    """
     if verify and settings is not None:
         raise ValueError(
             f"verify=True compares a converted snapshot with its record, and {snapshot.label} is not converted; leave "
             "it out, or write a snapshot with save_as=FOLDER."
+        )
+    shards = (shard.path.rpartition("/")[2] for c in snapshot.components for shard in c.shards)
+    if settings is not None and options.variant and not any(f".{options.variant}" in name for name in shards):
+        raise LoadError(
+            f"No component of {snapshot.label} has weights of the variant {options.variant!r}; correct or drop it."
         )
     snapshot, root = fetched(snapshot, options, recorded=verify)
     if verify:

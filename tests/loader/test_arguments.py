@@ -114,7 +114,8 @@ def test_plain_diffusers_takes_its_own_maps_for_pipelines(value: str) -> None:
     """What docs/loading.md says of diffusers: by name for pipelines, any map for models."""
     if value == "balanced" and torch.cuda.is_available():
         pytest.skip("on CUDA: the test below")
-    pipe = DiffusionPipeline.from_pretrained(converted(SOURCE), dtype=torch.bfloat16, device_map=value)
+    without = {"text_encoder": None, "tokenizer": None}  # stock transformers' own affair
+    pipe = DiffusionPipeline.from_pretrained(converted(SOURCE), dtype=torch.bfloat16, device_map=value, **without)
     assert_same_weights(pipe.transformer, load())
     for refused in ("auto", "sequential"):
         with pytest.raises(NotImplementedError, match="not supported"):
@@ -258,6 +259,16 @@ def test_settings_that_mean_nothing(config: Any, message: str) -> None:
 def test_settings_that_convert_nothing() -> None:
     with pytest.raises(ValueError, match="keeps every component as it is"):
         load_pipeline(pipelines.saved(SOURCE), device="cpu", quantization_config={"transformer": None, "vae": None})
+
+
+def test_variants() -> None:
+    source = pipelines.saved(SOURCE, variant="fp16")
+    fp16 = load_component(source, TRANSFORMER, device="cpu", quantization="fp8", variant="fp16")
+    assert_same_weights(fp16, load())
+    assert report(load(variant="fp16")).ok
+    for call in (load_pipeline, lambda path, **o: load_component(path, TRANSFORMER, **o)):
+        with pytest.raises(LoadError, match="has weights of the variant 'bf16'; correct or drop it"):
+            call(pipelines.saved(SOURCE), device="cpu", quantization="fp8", variant="bf16")
 
 
 # Unfinished conversions
