@@ -1,7 +1,8 @@
 """Puts a diffusers pipeline together from its folder and the components that are loaded already.
 
 diffusers' own `from_pretrained` loads optional components from disk even where they are handed over (Wan's transformers
-are optional), so the model index is followed here: each remaining component by its class's `from_pretrained`.
+are optional), so the model index is followed here: each remaining component by its class's `from_pretrained`. No code
+of the snapshot runs, and nobody is asked whether it may.
 """
 
 import importlib
@@ -13,50 +14,85 @@ from typing import Any
 import torch
 
 from ..converter.source import MODEL_INDEX, LocalFiles, read_json
-from .checkpoint import LoadError
+from .checkpoint import LoadError, one_line
 
 
 def assemble(root: Path, given: Mapping[str, Any], dtype: torch.dtype, variant: str | None) -> Any:
     """The pipeline that `root`'s model index names. `given` are components to use as they are, and other arguments.
 
-    Raises LoadError for a class that is not installed, TypeError for an argument that the pipeline does not take.
+    Raises LoadError for a class that is not installed, and for a component that its library cannot load.
     """
     index = read_json(LocalFiles(root), MODEL_INDEX)
-    pipeline_class = _pipeline_class(str(index.get("_class_name")))
-    accepted = set(inspect.signature(pipeline_class.__init__).parameters) - {"self", "args", "kwargs"}
-    if unknown := sorted(set(given) - accepted):
-        raise TypeError(f"{pipeline_class.__name__} takes no argument {unknown[0]!r}.")
+    cls = pipeline_class(index.get("_class_name"))
+    accepted = accepted_arguments(cls)
     arguments = dict(given)
     for name, value in index.items():
         if name.startswith("_") or name in arguments or name not in accepted:
             continue
         if isinstance(value, list) and len(value) == 2:
-            arguments[name] = None if value[0] is None else _component(root, name, value[0], value[1], dtype, variant)
+            arguments[name] = _component(root, name, value, dtype, variant)
         else:
             arguments[name] = value
-    pipe = pipeline_class(**arguments)
+    try:
+        pipe = cls(**arguments)
+    except Exception as error:  # whatever a class raises for parts that are not its own
+        raise LoadError(
+            f"{cls.__name__} cannot be built from {MODEL_INDEX} in {root} ({one_line(error)}); download it again, or "
+            "pass what it lacks to load_pipeline."
+        ) from error
     pipe.register_to_config(_name_or_path=str(root))
     return pipe
 
 
-def _pipeline_class(name: str) -> Any:
+def pipeline_class(name: Any) -> Any:
+    """The pipeline class of the installed diffusers. Raises LoadError where it has none of this name."""
     import diffusers
 
-    found = getattr(diffusers, name, None)
-    if found is None:
-        raise LoadError(f"diffusers {diffusers.__version__} has no pipeline {name}; upgrade it.")
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)):
+        raise LoadError(
+            f"diffusers {diffusers.__version__} has no pipeline {name!s:.80}; upgrade it (a pipeline that comes with "
+            "code of its own is not run)."
+        )
     return found
 
 
-def _component(root: Path, name: str, library: str, class_name: str, dtype: torch.dtype, variant: str | None) -> Any:
+def accepted_arguments(cls: Any) -> set[str]:
+    """What a pipeline's constructor takes: its components and settings."""
+    return set(inspect.signature(cls.__init__).parameters) - {"self", "args", "kwargs"}
+
+
+def _component(root: Path, name: str, entry: list[Any], dtype: torch.dtype, variant: str | None) -> Any:
+    library, class_name = entry
+    if library is None:
+        return None
+    if not (isinstance(library, str) and isinstance(class_name, str)):
+        raise LoadError(f"{MODEL_INDEX} in {root} has {entry!r:.80} for {name}; download it again.")
     cls = _component_class(name, library, class_name)
     options: dict[str, Any] = {"local_files_only": True}
+    if any(base.__module__.startswith("transformers.") for base in getattr(cls, "__mro__", ())):
+        options["trust_remote_code"] = False  # unset, transformers asks on the terminal, and waits
     if isinstance(cls, type) and issubclass(cls, torch.nn.Module):
-        options["dtype"] = dtype
+        options |= {"dtype": dtype, "use_safetensors": True}
         if variant is not None and any(f".{variant}." in path.name for path in (root / name).iterdir()):
             options["variant"] = variant
-    loaded = cls.from_pretrained(str(root / name), **options)
+    try:
+        loaded = cls.from_pretrained(str(root / name), **options)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # a missing file, broken JSON, a package that the class needs: anything
+        raise LoadError(_failure(root, name, class_name, error)) from error
     return loaded.eval() if isinstance(loaded, torch.nn.Module) else loaded
+
+
+def _failure(root: Path, name: str, class_name: str, error: Exception) -> str:
+    said = f"The component {name} of {root} cannot be loaded by {class_name}"
+    yourself = f"load it yourself and pass {name}=... to load_pipeline"
+    if "trust_remote_code" in str(error):
+        return f"{said}: it wants to run code that comes with the snapshot, which never happens here; {yourself}."
+    if isinstance(error, ImportError):
+        return f"{said} ({one_line(error)}); install what it needs, or {yourself}."
+    return f"{said} ({one_line(error)}); download or convert the snapshot again, or {yourself}."
 
 
 def _component_class(name: str, library: str, class_name: str) -> Any:
@@ -65,8 +101,10 @@ def _component_class(name: str, library: str, class_name: str) -> Any:
     for module in modules:
         try:
             found = getattr(importlib.import_module(module), class_name, None)
-        except ImportError as error:
-            raise LoadError(f"The component {name} needs {library}.{class_name} ({error}); install it.") from error
+        except (ImportError, RuntimeError) as error:  # diffusers and transformers wrap the first in the second
+            raise LoadError(
+                f"The component {name} needs {library}.{class_name} ({one_line(error)}); install it."
+            ) from error
         if found is not None:
             return found
     raise LoadError(f"The component {name} is a {library}.{class_name}, which is not installed; upgrade {library}.")

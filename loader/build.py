@@ -15,9 +15,9 @@ from torch import nn
 
 from ..converter import layout
 from ..converter.modules import bounded, quiet_libraries
-from ..converter.source import Component
+from ..converter.source import CONFIG, Component
 from .backend import Choice
-from .checkpoint import LoadError
+from .checkpoint import LoadError, one_line
 from .install import install
 
 _SCALES = (layout.WEIGHT_SCALE, layout.WEIGHT_SCALE_INV, layout.INPUT_SCALE)
@@ -26,7 +26,7 @@ _SCALES = (layout.WEIGHT_SCALE, layout.WEIGHT_SCALE_INV, layout.INPUT_SCALE)
 def build(component: Component, dtype: torch.dtype) -> nn.Module:
     """The component's class, built from its config as `from_pretrained` would, parameters on the meta device.
 
-    Raises LoadError where the installed libraries have no such class.
+    Raises LoadError where the installed libraries have no such class, or it cannot be built from the config.
     """
     from accelerate import init_empty_weights
 
@@ -38,12 +38,19 @@ def build(component: Component, dtype: torch.dtype) -> nn.Module:
             "upgrade diffusers and transformers."
         )
     settings = {k: v for k, v in component.config.items() if k != layout.CONFIG_KEY}
-    with _default_dtype(dtype), init_empty_weights(include_buffers=False), quiet_libraries(), bounded(component):
-        if component.library == "diffusers":
-            built = cls.from_config(settings)
-        else:
-            built = cls._from_config(cls.config_class.from_dict(settings), dtype=dtype)
-    assert isinstance(built, nn.Module)
+    try:
+        with _default_dtype(dtype), init_empty_weights(include_buffers=False), quiet_libraries(), bounded(component):
+            if component.library == "diffusers":
+                built = cls.from_config(settings)
+            else:
+                built = cls._from_config(cls.config_class.from_dict(settings), dtype=dtype)
+    except Exception as error:  # whatever a class raises for a config that is not its own
+        raise LoadError(
+            f"{component.class_name} cannot be built from {component.path(CONFIG)} ({one_line(error)}); convert or "
+            "download the snapshot again."
+        ) from error
+    if not isinstance(built, nn.Module):
+        raise LoadError(f"{component.label} is a {component.class_name}, which is no model; correct its class.")
     return built.eval()
 
 

@@ -11,17 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..converter import layout
+from ..converter.header import TensorInfo
 from ..converter.hub import HubFiles, download
 from ..converter.locate import SourceOptions, find_snapshot
 from ..converter.record import read_record
-from ..converter.source import Component, LocalFiles, Snapshot, describe, needed_files
-
-_METHODS = (layout.QUANT_METHOD, layout.QUANT_METHOD_NATIVE)
+from ..converter.source import CONFIG, Component, LocalFiles, Snapshot, describe, needed_files
+from ..converter.target import STAGING
+from .config import METHODS, config_problem
 
 
 class LoadError(RuntimeError):
     """A snapshot that cannot be loaded as it claims; one sentence: what, where, what to do."""
+
+
+def one_line(error: BaseException) -> str:
+    """What a library said, short enough to stand inside one sentence."""
+    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -41,38 +49,76 @@ class Fp8Modules:
 
 
 def open_snapshot(source: str | os.PathLike[str], options: SourceOptions) -> Snapshot:
-    """Describe a folder or Hub id, converted or not. A Hub repository is asked, not downloaded. Raises
-    ConvertError.
+    """Describe a folder or Hub id, converted or not. A Hub repository is asked, not downloaded.
+
+    Raises ConvertError, and LoadError for the output of a conversion that has not finished.
     """
+    folder = Path(source)
+    if (folder / STAGING).is_dir() and not (folder / layout.RECORD_FILE).exists():
+        raise LoadError(f"The conversion into {folder} is unfinished; run the same fp8-convert command again.")
     return find_snapshot(source, options, allow_converted=True)
 
 
-def fetched(snapshot: Snapshot, options: SourceOptions) -> tuple[Snapshot, Path]:
-    """The snapshot with its files on this machine, and the folder they are in."""
+def fetched(snapshot: Snapshot, options: SourceOptions, *, recorded: bool = False) -> tuple[Snapshot, Path]:
+    """The snapshot with its files on this machine, and the folder they are in.
+
+    recorded: also the files that only the record lists, as checking its digests needs them.
+    """
     files = snapshot.files
     if isinstance(files, HubFiles):
-        record = [layout.RECORD_FILE] if layout.RECORD_FILE in files.sizes() else []
-        local = download(files, sorted({*needed_files(snapshot), *record}))
+        wanted = {*needed_files(snapshot), *({layout.RECORD_FILE} & set(files.sizes()))}
+        if recorded and (record := record_of(snapshot)) is not None:
+            wanted |= set(record["files"]) & set(files.sizes())
+        local = download(files, sorted(wanted))
         snapshot = describe(local, variant=options.variant, allow_converted=True)
         files = local
     assert isinstance(files, LocalFiles)
     return snapshot, files.root
 
 
+def record_of(snapshot: Snapshot) -> dict[str, Any] | None:
+    """The snapshot's record, None where there is none; of a Hub repository nothing else is downloaded."""
+    files = snapshot.files
+    if isinstance(files, HubFiles):
+        if layout.RECORD_FILE not in files.sizes():
+            return None
+        files = download(files, [layout.RECORD_FILE])
+    assert isinstance(files, LocalFiles)
+    return read_record(files.root)
+
+
+def check_digests(root: Path) -> None:
+    """Compare every byte of the snapshot in `root` with its record. Raises LoadError."""
+    from ..converter.verification import verify  # only here: loading needs none of what checking needs
+
+    if not (root / layout.RECORD_FILE).is_file():
+        raise LoadError(
+            f"verify=True needs the record {layout.RECORD_FILE}, and {root} has none; give the folder that fp8-convert "
+            "wrote (to load_component with the component's name), or leave verify out."
+        )
+    findings = verify(root).findings
+    if findings:
+        first, more = findings[0], len(findings) - 1
+        raise LoadError(
+            f"{root} is not what was converted: {first.path} {first.problem}{f' (and {more} more)' if more else ''}; "
+            f"`fp8-convert verify {root}` lists all {len(findings)} findings: convert or download it again."
+        )
+
+
 def is_converted(component: Component) -> bool:
     """Whether the component's checkpoint holds FP8 weights of this project's layout."""
     config = component.config.get(layout.CONFIG_KEY)
     method = config.get("quant_method") if isinstance(config, dict) else None
-    return method in _METHODS or any(layout.METADATA_KEY in s.header.metadata for s in component.shards)
+    return method in METHODS or any(layout.METADATA_KEY in s.header.metadata for s in component.shards)
 
 
 def fp8_modules(component: Component) -> Fp8Modules:
     """The FP8 modules of a converted component, as its own files say.
 
-    Raises LoadError for FP8 codes without a scale or without a mode, and for named modules without codes.
+    Raises LoadError for FP8 codes without a scale or without a mode, for named modules without codes, and for a
+    quantization_config that means nothing.
     """
-    config = component.config.get(layout.CONFIG_KEY)
-    config = dict(config) if isinstance(config, dict) else {}
+    config = _config_of(component)
     tensors = {t.name: t for t in component.tensors}
     stated: dict[str, tuple[str, str]] = {}
     for shard in component.shards:
@@ -127,6 +173,32 @@ def check_record(root: Path, component: Component, found: Fp8Modules) -> str | N
     return None
 
 
+def check_scale(name: str, scale: torch.Tensor, where: str) -> None:
+    """Raise LoadError unless all values of the scale `name` are finite and positive; waits for its device."""
+    values = scale.detach().flatten()
+    bad = values[~(values.isfinite() & (values > 0))]
+    if bad.numel():
+        raise LoadError(
+            f"{name} of {where} holds {float(bad[0])}, and a scale is finite and positive: the file is damaged; "
+            "convert or download the snapshot again."
+        )
+
+
+def _config_of(component: Component) -> dict[str, Any]:
+    """What config.json has under `quantization_config`; empty if it has nothing there."""
+    config = component.config.get(layout.CONFIG_KEY)
+    if config is None:
+        return {}
+    problem = config_problem(config) if isinstance(config, dict) else f"it is {config!r:.80}; it must be an object"
+    if problem:
+        where = f" of {component.label}" if not component.name else ""
+        raise LoadError(
+            f"{component.path(CONFIG)}{where} has a {layout.CONFIG_KEY} that cannot be used: {problem}: convert the "
+            "snapshot again."
+        )
+    return dict(config)
+
+
 def _scale_shapes(shape: tuple[int, ...], block: layout.Block | None) -> list[tuple[int, ...]]:
     if block is None:
         return [(), (1,)]  # [1] is how some other tools write a scalar
@@ -144,10 +216,20 @@ def _guess(component: Component, module: str, tensors: Mapping[str, Any], config
     return mode, layout.SCHEME_TENSOR
 
 
-def _check_input_scales(component: Component, found: Mapping[str, tuple[str, str]], tensors: Mapping[str, Any]) -> None:
+def _check_input_scales(
+    component: Component, found: Mapping[str, tuple[str, str]], tensors: Mapping[str, TensorInfo]
+) -> None:
     for module, (mode, _) in found.items():
-        if mode == layout.W8A8 and module + layout.INPUT_SCALE not in tensors:
+        if mode != layout.W8A8:
+            continue
+        scale = tensors.get(module + layout.INPUT_SCALE)
+        if scale is None:
             raise LoadError(
                 f"{component.label} has the static activation scheme, but {module}{layout.INPUT_SCALE} is missing; "
                 "convert it with --activation-scheme dynamic, or with calibrated --input-scales."
+            )
+        if scale.dtype != "F32" or scale.shape not in _scale_shapes((), None):
+            raise LoadError(
+                f"{scale.name} of {component.label} is {scale.dtype} {list(scale.shape)}, which is no activation "
+                "scale; convert the snapshot again."
             )

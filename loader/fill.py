@@ -21,8 +21,8 @@ from ..converter.reading import BufferPool, Span, SpanReader, open_for_reading, 
 from ..converter.source import Shard
 from ..converter.stream import Engine, measure, stream_shard
 from .build import target_dtype
-from .checkpoint import LoadError
-from .weights import Fp8Weight
+from .checkpoint import LoadError, check_scale
+from .weights import SCALES, Fp8Weight
 
 SPAN_BYTES = 64 * 1024 * 1024
 _SPANS = 12  # pinned buffers: eight being read, the others on their way to the device
@@ -48,14 +48,18 @@ class Filler:
     """Takes checkpoint bytes in any order and sets the model's parameters and buffers.
 
     names: checkpoint tensor name to the model's. dtype: of unquantised floating-point tensors in the loaded
-    model.
+    model. label: how messages call the component. Every scale that comes from a file is checked on its way, in host
+    memory.
     """
 
-    def __init__(self, model: nn.Module, names: Mapping[str, str], dtype: torch.dtype, device: torch.device) -> None:
-        self.model, self.names, self.dtype, self.device = model, names, dtype, device
+    def __init__(
+        self, model: nn.Module, names: Mapping[str, str], dtype: torch.dtype, device: torch.device, label: str
+    ) -> None:
+        self.model, self.names, self.dtype, self.device, self.label = model, names, dtype, device, label
         self.unexpected: list[str] = []
         self._parts = dict(model.named_modules())
         self._arriving: dict[str, _Arriving] = {}
+        self._host_scales: dict[str, bytearray] = {}
 
     def memory(self, info: TensorInfo) -> Tensor | None:
         """The bytes of a tensor to come, uint8 [nbytes] on the device; None for one that the model does not
@@ -84,6 +88,10 @@ class Filler:
         """Copies `data` (uint8) to byte `offset` of the tensor."""
         memory = self.memory(info)
         if memory is not None:
+            if data.device != memory.device and data.device.type == "cpu" and self._is_scale(info):
+                # A piece may end within a number, so the bytes are gathered and checked once all are there.
+                host = self._host_scales.setdefault(info.name, bytearray(info.nbytes))
+                host[offset : offset + data.numel()] = data.numpy().data
             memory[offset : offset + data.numel()].copy_(data, non_blocking=non_blocking)
             self.wrote(info.name, data.numel())
 
@@ -105,21 +113,21 @@ class Filler:
         arriving.memory[first : first + data.numel() // info.itemsize].copy_(data.view(_DTYPES[info.dtype]))
         self.wrote(info.name, data.numel())
 
-    def finish(self, label: str) -> None:
+    def finish(self) -> None:
         """Checks that nothing is missing, ties what the class ties, and moves what no checkpoint holds to the
         device.
 
         Raises LoadError for parameters that the checkpoint lacks.
         """
         if self._arriving:
-            raise LoadError(f"{next(iter(self._arriving))} of {label} is incomplete; convert the snapshot again.")
+            raise LoadError(f"{next(iter(self._arriving))} of {self.label} is incomplete; convert the snapshot again.")
         tie_weights = getattr(self.model, "tie_weights", None)
         if callable(tie_weights):
             tie_weights()
         missing = [n for n, t in self.model.state_dict().items() if t.is_meta]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise LoadError(f"{label} lacks {missing[0]}{more}; download or convert it again.")
+            raise LoadError(f"{self.label} lacks {missing[0]}{more}; download or convert it again.")
         self.model.to(self.device)
 
     def _place(self, info: TensorInfo) -> tuple[nn.Module, str] | None:
@@ -128,6 +136,10 @@ class Filler:
         if part is None or (leaf not in part._parameters and leaf not in part._buffers):
             return None
         return part, leaf
+
+    def _is_scale(self, info: TensorInfo) -> bool:
+        place = self._place(info)
+        return place is not None and isinstance(place[0], Fp8Weight) and place[1] in SCALES
 
     def _final_dtype(self, info: TensorInfo) -> torch.dtype | None:
         """The tensor's dtype in the model; None for one that the model does not have."""
@@ -146,6 +158,12 @@ class Filler:
         part, leaf = place
         tensor = memory.view(_DTYPES[info.dtype]).to(final) if memory.dtype == torch.uint8 else memory
         tensor = tensor.view(info.shape)
+        if self._is_scale(info):
+            host = self._host_scales.pop(info.name, None)
+            if host is not None:
+                check_scale(info.name, torch.frombuffer(host, dtype=tensor.dtype), self.label)
+            elif tensor.device.type == "cpu":  # what was computed on the device comes from finite weights
+                check_scale(info.name, tensor, self.label)
         old = part._parameters.get(leaf)
         expected = old if old is not None else part._buffers[leaf]
         if expected is not None and tensor.shape != expected.shape:

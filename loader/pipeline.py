@@ -4,48 +4,54 @@ FP8 components are built here without memory and filled from their files; what h
 diffusers and transformers themselves, and diffusers puts the pipeline together.
 """
 
+import inspect
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from ..converter import layout
-from ..converter.conversion import convert
 from ..converter.locate import SourceOptions
-from ..converter.manifest import choose_manifest, load_manifest
-from ..converter.pattern import matches
-from ..converter.plan import ComponentPlan, make_plan
-from ..converter.recipe import Recipe
-from ..converter.scales import read_input_scales
+from ..converter.record import read_record
 from ..converter.source import Component, Snapshot
 from ..converter.stream import Engine
-from .assemble import assemble
+from .arguments import choose_device, choose_dtype, without_habits
+from .assemble import accepted_arguments, assemble, pipeline_class
 from .backend import Choice
 from .build import build, install_all, tensor_names
-from .checkpoint import Fp8Modules, LoadError, check_record, fetched, fp8_modules, is_converted, open_snapshot
+from .checkpoint import (
+    Fp8Modules,
+    LoadError,
+    check_digests,
+    check_record,
+    fetched,
+    fp8_modules,
+    is_converted,
+    one_line,
+    open_snapshot,
+)
 from .fill import Filler, fill_from_shards, fill_from_stream
 from .quantizer import Fp8Config, Fp8DiffusersQuantizer, Fp8TransformersQuantizer, adopt, planned_modules
+from .settings import Planned, Settings, plan_for, settings_for
 
 logger = logging.getLogger(__name__)
-
-_CONFIG_KEYS = ("method", "ignored_layers", "activation_scheme", "weight_block_size", "input_scales")
-_Planned = Mapping[str, tuple[ComponentPlan, Mapping[str, float]]]
 
 
 def load_pipeline(
     source: str | os.PathLike[str],
     *,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    device: str | int | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
     quantization: str | None = None,
     quantization_config: Mapping[str, Any] | None = None,
     manifest: str | None = None,
     compact: bool = False,
     save_as: str | os.PathLike[str] | None = None,
+    verify: bool = False,
     strict: bool = True,
     backend: Choice = "auto",
     revision: str | None = None,
@@ -53,56 +59,66 @@ def load_pipeline(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     variant: str | None = None,
+    torch_dtype: torch.dtype | str | None = None,
+    device_map: Any = None,
     **pipeline_arguments: Any,
 ) -> Any:
     """Load a diffusers pipeline whose weights are FP8, from a converted snapshot or converting an original
     one.
 
     source: a pipeline's folder or a Hub repo id. device: None is CUDA where there is one, else the CPU.
-    dtype: of everything that is not FP8, and of the computation.
+    dtype: of everything that is not FP8, and of the computation; None is BF16.
     quantization: "fp8" converts an original snapshot while it loads; a converted one ignores it.
     quantization_config: the same with settings, vLLM-Omni's keys: {"method": "fp8", "ignored_layers": [...],
     "activation_scheme": "dynamic", "weight_block_size": [128, 128]}, or one such dict or None for each
     component. manifest, compact: as in `fp8_convert.converter.convert`. save_as: also writes the converted
-    snapshot there. strict: raise where the installed FP8 modules are not those that the record and config
-    promise; else warn. backend: "auto", "scaled_mm" or "dequantize", for every W8A8 linear (`backend.py`).
+    snapshot there. verify: first check every digest, as `fp8-convert verify` does. strict: raise where the
+    installed FP8 modules are not those that the record and config promise; else warn.
+    backend: "auto", "scaled_mm" or "dequantize", for every W8A8 linear (`backend.py`).
     revision, token, cache_dir, local_files_only, variant: as in huggingface_hub and diffusers.
+    torch_dtype, device_map: diffusers' names for dtype and, where it names a single device, for device.
     pipeline_arguments: components to use instead of the snapshot's, and whatever else the pipeline class
     takes.
 
     Returns the snapshot's pipeline class, in evaluation mode, on the device. Raises ConvertError for a source
     that cannot be read or converted, LoadError for one that does not hold what it promises, ValueError for
-    arguments that contradict each other.
+    arguments that contradict each other, TypeError for one that neither this function nor the pipeline takes.
     """
-    target = _device(device)
+    _check_backend(backend)
+    target, compute = choose_device(device, device_map), choose_dtype(dtype, torch_dtype)
     options = SourceOptions(revision, token, cache_dir, local_files_only, variant)
     snapshot = open_snapshot(source, options)
     if snapshot.pipeline is None:
         raise LoadError(f"{snapshot.label} is a single component, not a pipeline; use load_component.")
-    settings = _settings(snapshot, quantization, quantization_config)
+    taker = pipeline_class(snapshot.pipeline)
+    given = without_habits(pipeline_arguments, accepted_arguments(taker), taker.__name__, _options(load_pipeline))
+    settings = settings_for(snapshot, quantization, quantization_config, manifest, compact)
     if save_as is not None:
         _convert_to(source, save_as, settings, manifest, compact, options, target)
         snapshot, settings = open_snapshot(save_as, SourceOptions()), None
         options = SourceOptions()
-    snapshot, root = fetched(snapshot, options)
-    planned = _plan(snapshot, settings, manifest, compact)
-    components = dict(pipeline_arguments)
+    snapshot, root = _fetch(snapshot, settings, options, verify)
+    planned = plan_for(snapshot, settings, manifest, compact)
+    components = dict(given)
     for component in snapshot.components:
         if component.name not in components and (component.name in planned or is_converted(component)):
-            components[component.name] = _load(component, root, planned, target, dtype, strict, backend)
-    return assemble(root, components, dtype, variant).to(target)
+            components[component.name] = _load(component, root, planned, target, compute, strict, backend)
+    pipe = assemble(root, components, compute, variant).to(target)
+    _log(type(pipe).__name__, snapshot, root, target)
+    return pipe
 
 
 def load_component(
     source: str | os.PathLike[str],
     component: str | None = None,
     *,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    device: str | int | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
     quantization: str | None = None,
     quantization_config: Mapping[str, Any] | None = None,
     manifest: str | None = None,
     compact: bool = False,
+    verify: bool = False,
     strict: bool = True,
     backend: Choice = "auto",
     revision: str | None = None,
@@ -110,146 +126,97 @@ def load_component(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     variant: str | None = None,
+    torch_dtype: torch.dtype | str | None = None,
+    device_map: Any = None,
+    **unknown: Any,
 ) -> nn.Module:
     """Load one FP8 component: `component` of a pipeline's snapshot, or a folder that is a component itself.
 
-    The other arguments are those of `load_pipeline`, and so is what it raises.
+    The other arguments are those of `load_pipeline`, and so is what it raises; `verify` checks the whole snapshot.
     """
-    target = _device(device)
+    _check_backend(backend)
+    without_habits(unknown, (), "load_component", _options(load_component))
+    target, compute = choose_device(device, device_map), choose_dtype(dtype, torch_dtype)
     options = SourceOptions(revision, token, cache_dir, local_files_only, variant)
     snapshot = open_snapshot(source, options)
     names = [c.name for c in snapshot.components]
     wanted = component or ""
     if wanted not in names:
         raise LoadError(f"{snapshot.label} has no component {wanted!r} with weights; it has {', '.join(names)}.")
-    settings = _settings(snapshot, quantization, quantization_config, wanted)
-    snapshot, root = fetched(snapshot, options)
-    if settings is not None and wanted:
-        settings = {wanted: settings.get(wanted, settings.get(""))}
-    planned = _plan(snapshot, settings, manifest, compact)
+    settings = settings_for(snapshot, quantization, quantization_config, manifest, compact, wanted)
+    snapshot, root = _fetch(snapshot, settings, options, verify)
+    planned = plan_for(snapshot, settings, manifest, compact)
     found = next(c for c in snapshot.components if c.name == wanted)
     if wanted not in planned and not is_converted(found):
         raise LoadError(f"{found.label} of {snapshot.label} has no FP8 weights; load it with from_pretrained.")
-    return _load(found, root, planned, target, dtype, strict, backend)
+    model = _load(found, root, planned, target, compute, strict, backend)
+    _log(f"{type(model).__name__} ({found.label})", snapshot, root, target)
+    return model
 
 
-def _device(device: str | torch.device | None) -> torch.device:
-    found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if found.type == "cuda" and found.index is None:
-        found = torch.device("cuda", torch.cuda.current_device())
-    return found
+def _check_backend(backend: str) -> None:
+    if backend not in get_args(Choice):
+        raise ValueError(f"backend is {backend!r}; use {', '.join(map(repr, get_args(Choice)))}.")
 
 
-# What is to be converted, and how
+def _options(function: Callable[..., Any]) -> list[str]:
+    """The names of a function's keyword arguments."""
+    return [name for name, p in inspect.signature(function).parameters.items() if p.kind is not p.VAR_KEYWORD]
 
 
-def _settings(
-    snapshot: Snapshot, quantization: str | None, config: Mapping[str, Any] | None, only: str | None = None
-) -> dict[str, Mapping[str, Any] | None] | None:
-    """Per component the settings of a conversion, under "" those for all; None for a converted snapshot.
+def _fetch(
+    snapshot: Snapshot, settings: Settings | None, options: SourceOptions, verify: bool
+) -> tuple[Snapshot, Path]:
+    """The snapshot with its files on this machine, its digests checked where that is asked for.
 
-    Raises ValueError for settings that mean nothing or contradict the snapshot, LoadError where some are
-    needed.
+    A variant that an original snapshot lacks is refused; a converted one has none, whatever it was made from.
     """
-    if quantization not in (None, "fp8"):
-        raise ValueError(f"quantization is {quantization!r}; the only one is 'fp8'.")
-    names = [c.name for c in snapshot.components]
-    settings: dict[str, Mapping[str, Any] | None] = {"": {}}
-    if config is not None:
-        per_component = bool(config) and all(key in names and key for key in config)
-        settings = dict(config) if per_component else {"": config}
-    for value in settings.values():
-        _check_settings(value)
-    converted = [c for c in snapshot.components if is_converted(c)]
-    if converted:
-        if config is not None:
-            for component in converted:
-                _check_agreement(component, settings.get(component.name, settings.get("")))
-        return None
-    if quantization is None and config is None:
-        label = f"{snapshot.label}" if only is None else f"{only or snapshot.label}"
-        raise LoadError(
-            f'{label} is not converted: pass quantization="fp8" to convert it while it loads, or convert it first '
-            f"with `fp8-convert {snapshot.repo or snapshot.label} -o OUT`."
-        )
-    return settings
-
-
-def _check_settings(settings: Mapping[str, Any] | None) -> None:
-    if settings is None:
-        return
-    if not isinstance(settings, Mapping):
-        raise ValueError(f"quantization_config has {settings!r} for a component; give a dict or None.")
-    if unknown := [key for key in settings if key not in _CONFIG_KEYS]:
-        raise ValueError(f"quantization_config has the unknown key {unknown[0]!r}; it knows {', '.join(_CONFIG_KEYS)}.")
-    if settings.get("method", "fp8") != "fp8":
-        raise ValueError(f"quantization_config has the method {settings['method']!r}; the only one is 'fp8'.")
-
-
-def _check_agreement(component: Component, settings: Mapping[str, Any] | None) -> None:
-    """A converted component is what it is: settings that would have made another one are refused."""
-    found = fp8_modules(component)
-    said = f"{component.label} is converted already"
-    if settings is None:
-        raise ValueError(f"{said}, but quantization_config keeps it as it was; load the original snapshot.")
-    w8a8 = [name for name, (mode, _) in found.modules.items() if mode == layout.W8A8]
-    if not w8a8:
-        return
-    if (scheme := settings.get("activation_scheme", found.activation_scheme)) != found.activation_scheme:
+    if verify and settings is not None:
         raise ValueError(
-            f"{said} with {found.activation_scheme} activations, and quantization_config asks for {scheme}."
+            f"verify=True compares a converted snapshot with its record, and {snapshot.label} is not converted; leave "
+            "it out, or write a snapshot with save_as=FOLDER."
         )
-    if "weight_block_size" in settings:
-        asked, have = settings["weight_block_size"], found.config.get("weight_block_size")
-        if (list(asked) if asked else None) != (list(have) if have else None):
-            raise ValueError(f"{said} with weight_block_size {have}, and quantization_config asks for {asked}.")
-    for pattern in settings.get("ignored_layers") or ():
-        if hit := next((name for name in w8a8 if matches(pattern, name)), None):
-            raise ValueError(f"{said}, {hit} in FP8, and quantization_config ignores {pattern!r}; convert it anew.")
+    shards = (shard.path.rpartition("/")[2] for c in snapshot.components for shard in c.shards)
+    if settings is not None and options.variant and not any(f".{options.variant}" in name for name in shards):
+        raise LoadError(
+            f"No component of {snapshot.label} has weights of the variant {options.variant!r}; correct or drop it."
+        )
+    snapshot, root = fetched(snapshot, options, recorded=verify)
+    if verify:
+        check_digests(root)
+    return snapshot, root
 
 
-def _plan(
-    snapshot: Snapshot, settings: Mapping[str, Mapping[str, Any] | None] | None, manifest: str | None, compact: bool
-) -> _Planned:
-    """The plans of the components that are to be converted while they load; empty for a converted
-    snapshot.
-    """
-    if settings is None:
-        return {}
-    classes = {c.name: c.class_name for c in snapshot.components}
-    rules = load_manifest(manifest) if manifest else choose_manifest(snapshot.repo, snapshot.pipeline, classes)
-    planned: dict[str, tuple[ComponentPlan, Mapping[str, float]]] = {}
-    for name, wanted in settings.items():
-        if wanted is None:
-            continue
-        block = wanted.get("weight_block_size")
-        scales = wanted.get("input_scales")
-        recipe = Recipe(
-            manifest=rules,
-            ignored_layers=tuple(wanted.get("ignored_layers") or ()),
-            components=(name,) if name else (),
-            compact=compact,
-            block=None if block is None else (int(block[0]), int(block[1])),
-            activation_scheme=wanted.get("activation_scheme", "dynamic"),
-            input_scales=None if scales is None else read_input_scales(Path(scales)),
+def _log(what: str, snapshot: Snapshot, root: Path, device: torch.device) -> None:
+    """Says what was loaded, by digests where there are some: what a server's log needs to tell two runs apart."""
+    commit = f" at commit {snapshot.commit}" if snapshot.commit else ""
+    record = read_record(root)
+    made = ""
+    if record is not None:
+        source = record["source"]
+        original = f"{source['repo']} at commit {source['commit']}" if source["repo"] else "a local folder"
+        made = (
+            f"; snapshot {record.get('record_sha256')}, converted from {original} by fp8-convert "
+            f"{record['tool_version']} with the recipe {record.get('recipe_sha256')}"
         )
-        plan = make_plan(snapshot, recipe)
-        for part in plan.components:
-            if part.rules is not None and (not name or part.source.name == name):
-                planned[part.source.name] = (part, plan.input_scales)
-    return planned
+    logger.info("loaded %s from %s%s onto %s%s", what, snapshot.label, commit, device, made)
+
+
+# Before and after the weights
 
 
 def _convert_to(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    settings: Mapping[str, Mapping[str, Any] | None] | None,
+    settings: Settings | None,
     manifest: str | None,
     compact: bool,
     options: SourceOptions,
     device: torch.device,
 ) -> None:
     """Writes the converted snapshot, which is then what is loaded."""
+    from ..converter.conversion import convert  # only here: loading needs none of what writing needs
+
     if settings is None:
         raise ValueError("save_as is for an original snapshot, and this one is converted already; copy its folder.")
     given = {name: value for name, value in settings.items() if value is not None}
@@ -283,7 +250,7 @@ def _convert_to(
 def _load(
     component: Component,
     root: Path,
-    planned: _Planned,
+    planned: Planned,
     device: torch.device,
     dtype: torch.dtype,
     strict: bool,
@@ -310,13 +277,13 @@ def _load(
         backend=backend,
         label=component.label,
     )
-    filler = Filler(model, names, dtype, device)
+    filler = Filler(model, names, dtype, device, component.label)
     if plan is None:
         fill_from_shards(filler, component.shards)
     else:
         with Engine(device, workers=max(1, (os.cpu_count() or 2) - 1), readers=8) as engine:
             fill_from_stream(filler, plan.shards, engine, input_scales)
-    filler.finish(component.label)
+    filler.finish()
     _check(model, component, root, fp8, names, strict, filler.unexpected, plan is None)
     _adopt(model, component, root, fp8, names)
     return model
@@ -367,4 +334,9 @@ def _generation_config(model: Any, folder: str) -> None:
     if hasattr(model, "can_generate") and model.can_generate() and Path(folder, "generation_config.json").is_file():
         from transformers import GenerationConfig
 
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        except Exception as error:  # whatever transformers raises for a file it cannot use
+            raise LoadError(
+                f"generation_config.json in {folder} cannot be used ({one_line(error)}); download it again."
+            ) from error

@@ -28,7 +28,8 @@ from ..converter.recipe import Recipe
 from ..converter.source import CONFIG, MODEL_INDEX, Component, LocalFiles, Shard, Snapshot, read_json
 from ..converter.stream import Engine, measure, stream_shard
 from .build import install_all, tensor_names
-from .checkpoint import Fp8Modules, LoadError, fp8_modules
+from .checkpoint import Fp8Modules, LoadError, check_scale, fp8_modules
+from .config import config_problem
 from .weights import Fp8Weight
 
 
@@ -53,14 +54,31 @@ class Fp8Config(QuantizationConfigMixin):  # type: ignore[misc]
         ignored_layers: list[str] | None = None,
         is_checkpoint_fp8_serialized: bool = False,
         quant_method: str = layout.QUANT_METHOD_NATIVE,
+        **unknown: Any,
     ) -> None:
-        if activation_scheme not in ("dynamic", "static"):
-            raise ValueError(f"activation_scheme is {activation_scheme!r}; use 'dynamic' or 'static'.")
+        given = {
+            "activation_scheme": activation_scheme,
+            "weight_block_size": weight_block_size,
+            "ignored_layers": ignored_layers,
+            "is_checkpoint_fp8_serialized": is_checkpoint_fp8_serialized,
+            "quant_method": quant_method,
+        }
+        if problem := config_problem({**given, **unknown}):
+            raise ValueError(f"The quantization_config cannot be used: {problem}.")
         self.quant_method = QuantMethod(quant_method)
         self.activation_scheme = activation_scheme
         self.weight_block_size = list(weight_block_size) if weight_block_size is not None else None
         self.ignored_layers = list(ignored_layers or [])
         self.is_checkpoint_fp8_serialized = is_checkpoint_fp8_serialized
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As in transformers and diffusers, which call it with what config.json has. Raises LoadError."""
+        if problem := config_problem(config_dict):
+            raise LoadError(
+                f"config.json has a {layout.CONFIG_KEY} that cannot be used: {problem}: convert the snapshot again."
+            )
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of config.json, JSON-safe."""
@@ -179,6 +197,8 @@ class Fp8DiffusersQuantizer(_Saving, DiffusersQuantizer):  # type: ignore[misc]
                 codes = value.view(torch.int8).to(target_device)
                 module._parameters["weight"] = nn.Parameter(codes, requires_grad=False)
             else:
+                assert self._component is not None
+                check_scale(param_name, value, self._component.label)  # diffusers reads files into host memory
                 module._buffers[leaf] = value.to(target_device).view(module._buffers[leaf].shape)
             return
         module._parameters["weight"] = nn.Parameter(

@@ -5,6 +5,7 @@ why.
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from html import escape
 from importlib.metadata import version
 from typing import Any
 
@@ -39,7 +40,13 @@ class ComponentReport:
 
     @property
     def ok(self) -> bool:
+        """Whether exactly the promised modules are FP8."""
         return not self.missing and not self.extra
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, for scripts."""
+        counts = {key: dict(getattr(self, key)) for key in ("expected", "installed", "backends")}
+        return {"ok": self.ok, **vars(self), **counts, "missing": [*self.missing], "extra": [*self.extra]}
 
 
 @dataclass(frozen=True)
@@ -55,22 +62,51 @@ class Report:
         """Whether every component has the FP8 modules that it was promised."""
         return all(component.ok for component in self.components)
 
+    @property
+    def verdict(self) -> str:
+        """`ok` in words."""
+        return "every promised module is FP8" if self.ok else "SOME PROMISED MODULES ARE NOT FP8"
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, for scripts: what `json.dumps` takes."""
+        components = [component.to_json() for component in self.components]
+        return {"ok": self.ok, "pipeline": self.pipeline, "versions": dict(self.versions), "components": components}
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{c.name} {_counts(c)}" for c in self.components if _modes(c))
+        return f"<Report of {self.pipeline}: {self.verdict}{f' ({counts})' if counts else ''}>"
+
+    def _repr_html_(self) -> str:
+        head = ("component", "FP8 modules", "GB at rest", "GB in BF16", "device", "dtype", "remarks")
+        rows = [
+            (
+                c.name,
+                _counts(c),
+                f"{c.bytes_at_rest / 1e9:.3f}",
+                f"{c.bytes_in_bf16 / 1e9:.3f}",
+                c.device,
+                c.dtype.removeprefix("torch."),
+                "; ".join(_remarks(c)),
+            )
+            for c in self.components
+        ]
+        cells = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+        header = "".join(f"<th>{escape(title)}</th>" for title in head)
+        caption = escape(f"{self.pipeline}: {self.verdict}")
+        return f"<table><caption>{caption}</caption><tr>{header}</tr>{cells}</table>"
+
     def __str__(self) -> str:
         versions = ", ".join(f"{name} {number}" for name, number in self.versions.items())
         lines = [f"{self.pipeline} ({versions})"]
         lines.append(f"{'component':18} {'FP8 modules':>24} {'GB at rest':>11} {'GB in BF16':>11}  device, dtype")
         for c in self.components:
-            counts = ", ".join(f"{c.installed.get(m, 0)}/{c.expected.get(m, 0)} {m}" for m in _modes(c)) or "none"
             lines.append(
-                f"{c.name:18} {counts:>24} {c.bytes_at_rest / 1e9:11.3f} {c.bytes_in_bf16 / 1e9:11.3f}  "
+                f"{c.name:18} {_counts(c):>24} {c.bytes_at_rest / 1e9:11.3f} {c.bytes_in_bf16 / 1e9:11.3f}  "
                 f"{c.device}, {c.dtype.removeprefix('torch.')}"
             )
-            lines += [f"{'':18} {count} linears run {backend}" for backend, count in c.backends.items()]
-            lines += [f"{'':18} NOT FP8: {name}" for name in c.missing[:5]]
-            lines += [f"{'':18} unexpectedly FP8: {name}" for name in c.extra[:5]]
+            lines += [f"{'':18} {remark}" for remark in _remarks(c)]
         total = sum(c.bytes_at_rest for c in self.components), sum(c.bytes_in_bf16 for c in self.components)
-        verdict = "every promised module is FP8" if self.ok else "SOME PROMISED MODULES ARE NOT FP8"
-        lines.append(f"{'all':18} {'':>24} {total[0] / 1e9:11.3f} {total[1] / 1e9:11.3f}  {verdict}")
+        lines.append(f"{'all':18} {'':>24} {total[0] / 1e9:11.3f} {total[1] / 1e9:11.3f}  {self.verdict}")
         return "\n".join(lines)
 
 
@@ -100,6 +136,21 @@ def unlisted_linears(model: nn.Module, fp8: Fp8Modules, names: Mapping[str, str]
 
 def _modes(component: ComponentReport) -> list[str]:
     return sorted({*component.expected, *component.installed}, reverse=True)
+
+
+def _counts(component: ComponentReport) -> str:
+    """Installed of expected modules, by mode."""
+    installed, expected = component.installed, component.expected
+    return ", ".join(f"{installed.get(m, 0)}/{expected.get(m, 0)} {m}" for m in _modes(component)) or "none"
+
+
+def _remarks(component: ComponentReport) -> list[str]:
+    """What runs how, and the first modules that are not as promised."""
+    return [
+        *(f"{count} linears run {backend}" for backend, count in component.backends.items()),
+        *(f"NOT FP8: {name}" for name in component.missing[:5]),
+        *(f"unexpectedly FP8: {name}" for name in component.extra[:5]),
+    ]
 
 
 def _component(name: str, model: nn.Module) -> ComponentReport:

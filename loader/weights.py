@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from ..converter import layout
 from . import kernels
+from .checkpoint import check_scale
 
 Mode = Literal["w8a8", "storage"]
 WEIGHT_SCALE, WEIGHT_SCALE_INV, INPUT_SCALE = (
     suffix.removeprefix(".") for suffix in (layout.WEIGHT_SCALE, layout.WEIGHT_SCALE_INV, layout.INPUT_SCALE)
 )
-_HELD = ("weight", WEIGHT_SCALE, WEIGHT_SCALE_INV, INPUT_SCALE)
+SCALES = (WEIGHT_SCALE, WEIGHT_SCALE_INV, INPUT_SCALE)
+_HELD = ("weight", *SCALES)
 
 
 class Fp8Weight(nn.Module):
@@ -102,11 +104,13 @@ class Fp8Weight(nn.Module):
         elif weight is not None and weight.dtype != torch.int8:
             error_msgs.append(f"{prefix}weight is {weight.dtype}, but this layer holds FP8 codes: load FP8 codes")
             return
-        for name in _HELD[1:]:
+        for name in SCALES:
             scale = state_dict.get(prefix + name)
             if scale is not None and scale.dtype != torch.float32:
                 error_msgs.append(f"{prefix}{name} is {scale.dtype}, but scales are float32")
                 return
+            if scale is not None and not scale.is_meta:
+                check_scale(prefix + name, scale, type(self).__name__)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

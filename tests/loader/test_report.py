@@ -1,0 +1,94 @@
+"""A report in other forms than print: short for a prompt, a table for a notebook, everything for scripts."""
+
+import dataclasses
+import json
+from html.parser import HTMLParser
+
+import torch
+from fp8_convert.loader import Report, load_pipeline, report
+from fp8_convert.loader.report import ComponentReport
+from runs import converted
+from torch import nn
+
+BAD = ComponentReport(
+    "<vae>", "A&B", "cpu", "torch.bfloat16", {"storage": 2}, {"storage": 1}, ("layers.<0>",), ("other",), 10, 20, {}
+)
+
+
+def test_a_prompt_shows_one_short_line() -> None:
+    told = report(load_pipeline(converted("z_image"), device="cpu"))
+    assert repr(told) == (
+        "<Report of ZImagePipeline: every promised module is FP8 (text_encoder 10/10 storage, transformer 28/28 w8a8)>"
+    )
+    assert repr(Report("P", (BAD,), {})) == "<Report of P: SOME PROMISED MODULES ARE NOT FP8 (<vae> 1/2 storage)>"
+    assert repr(report(nn.Linear(1, 1))) == "<Report of Linear: every promised module is FP8>"
+
+
+class Table(HTMLParser):
+    """The texts of a table's cells by row, and whatever other tags there are."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.tags: set[str] = set()
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.tags.add(tag)
+        if tag in ("tr", "caption"):
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.rows[-1]:
+            self.rows[-1][-1] += data
+        else:
+            self.rows[-1].append(data)
+
+
+def test_a_notebook_shows_an_escaped_table() -> None:
+    table = Table(Report("<script>P</script>", (BAD, dataclasses.replace(BAD, name="x")), {})._repr_html_())
+    assert table.tags == {"table", "caption", "tr", "th", "td"}
+    assert table.rows == [
+        ["<script>P</script>: SOME PROMISED MODULES ARE NOT FP8"],
+        ["component", "FP8 modules", "GB at rest", "GB in BF16", "device", "dtype", "remarks"],
+        ["<vae>", "1/2 storage", "0.000", "0.000", "cpu", "bfloat16", "NOT FP8: layers.<0>; unexpectedly FP8: other"],
+        ["x", "1/2 storage", "0.000", "0.000", "cpu", "bfloat16", "NOT FP8: layers.<0>; unexpectedly FP8: other"],
+    ]
+
+
+def test_scripts_get_everything() -> None:
+    told = report(load_pipeline(converted("z_image"), device="cpu"))
+    data = json.loads(json.dumps(told.to_json()))
+    assert data == told.to_json()
+    assert (data["ok"], data["pipeline"], data["versions"]) == (True, "ZImagePipeline", dict(told.versions))
+    assert [c["name"] for c in data["components"]] == [c.name for c in told.components]
+    for part, component in zip(data["components"], told.components, strict=True):
+        assert set(part) == {"ok", *(f.name for f in dataclasses.fields(component))}
+    transformer = next(c for c in data["components"] if c["name"] == "transformer")
+    assert transformer["expected"] == transformer["installed"] == {"w8a8": 28}
+    assert transformer["backends"] == {"dequantize: the CPU has no FP8 matrix units": 28}
+    assert json.loads(json.dumps(Report("P", (BAD,), {}).to_json())) == {
+        "ok": False,
+        "pipeline": "P",
+        "versions": {},
+        "components": [
+            {
+                "ok": False, "name": "<vae>", "class_name": "A&B", "device": "cpu", "dtype": "torch.bfloat16",
+                "expected": {"storage": 2}, "installed": {"storage": 1}, "missing": ["layers.<0>"], "extra": ["other"],
+                "bytes_at_rest": 10, "bytes_in_bf16": 20, "backends": {},
+            }
+        ],
+    }  # fmt: skip
+
+
+def test_printing_stays_as_it_is() -> None:
+    model = nn.Linear(2, 2, dtype=torch.bfloat16)
+    lines = str(dataclasses.replace(report(model), versions={"torch": "2"})).splitlines()
+    assert lines == [
+        "Linear (torch 2)",
+        "component                       FP8 modules  GB at rest  GB in BF16  device, dtype",
+        "Linear                                 none       0.000       0.000  cpu, bfloat16",
+        "all                                               0.000       0.000  every promised module is FP8",
+    ]
