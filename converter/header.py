@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConvertError
+from .reading import open_for_reading
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 PREFIX_BYTES = 8
@@ -108,7 +109,7 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
 def read_header(path: Path, where: str) -> Header:
     """Read and check the header of a local file."""
     try:
-        with open(path, "rb") as file:
+        with open(open_for_reading(path, where), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = header_length(file.read(PREFIX_BYTES), size, where)
             return parse_header(file.read(length), size, where)

@@ -8,6 +8,7 @@ where it is read again.
 from __future__ import annotations
 
 import os
+import stat
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +16,7 @@ from typing import Protocol
 
 import torch
 
+from .descriptor import drop_cached, open_descriptor, read_at
 from .errors import ResumableError
 
 
@@ -136,9 +138,9 @@ class SpanReader:
         data = buffer[: stop - start]
         view = memoryview(data.numpy().data)
         read_exactly(self._fd, view, start, self._where)
-        if self._drop_behind and hasattr(os, "posix_fadvise"):
+        if self._drop_behind:
             # From the file's start: pages come in large folios, and one that reached into this span was not dropped.
-            os.posix_fadvise(self._fd, 0, stop, os.POSIX_FADV_DONTNEED)
+            drop_cached(self._fd, 0, stop)
         return data
 
     def _hash(self, read: Future[torch.Tensor], hasher: Hasher) -> torch.Tensor:
@@ -152,7 +154,7 @@ def read_exactly(fd: int, view: memoryview, offset: int, where: str) -> None:
     done = 0
     while done < len(view):
         try:
-            count = os.preadv(fd, [view[done:]], offset + done)
+            count = read_at(fd, view[done:], offset + done)
         except OSError as error:
             raise ResumableError(f"{where} cannot be read ({error.strerror}); check the disk and run again.") from error
         if count == 0:
@@ -161,11 +163,17 @@ def read_exactly(fd: int, view: memoryview, offset: int, where: str) -> None:
 
 
 def open_for_reading(path: os.PathLike[str], where: str) -> int:
-    """A file descriptor for front-to-back reading. Raises ResumableError."""
+    """A descriptor of a regular file for front-to-back reading, opened without waiting for anyone (a FIFO's writer).
+
+    Raises ResumableError.
+    """
     try:
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        fd = open_descriptor(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except OSError as error:
         raise ResumableError(f"{where} cannot be opened ({error.strerror}); check the path and permissions.") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ResumableError(f"{where} is no regular file; put the file itself in its place and run again.")
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
     return fd

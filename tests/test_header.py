@@ -1,6 +1,7 @@
 """Safetensors headers: what is written is read back, and whatever is corrupt is a ConvertError and nothing else."""
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -221,9 +222,12 @@ def test_a_length_beyond_the_format_s_limit_is_refused_without_reading() -> None
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "missing.safetensors"):
-        with pytest.raises(ConvertError, match="cannot be read"):
+    os.mkfifo(tmp_path / "fifo.safetensors")  # to open it in the plain way would wait for a writer for ever
+    for path in (tmp_path, tmp_path / "fifo.safetensors"):
+        with pytest.raises(ConvertError, match="x is no regular file; put the file itself in its place"):
             read_header(path, "x")
+    with pytest.raises(ConvertError, match="x cannot be opened"):
+        read_header(tmp_path / "missing.safetensors", "x")
 
 
 # Fuzzing: a ConvertError, or a header that can be written again and that safetensors accepts

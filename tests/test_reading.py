@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from fp8_convert.converter.errors import ConvertError
+from fp8_convert.converter.errors import ConvertError, ResumableError
 from fp8_convert.converter.reading import BufferPool, SpanReader, open_for_reading, read_exactly
 
 CONTENT = bytes(i * 7 % 251 for i in range(1000))
@@ -119,6 +119,16 @@ def test_a_read_error(tmp_path: Path) -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConvertError, match="x cannot be opened"):
         open_for_reading(tmp_path / "missing", "x")
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "device"])
+def test_what_is_no_regular_file(tmp_path: Path, kind: str) -> None:
+    paths = {"folder": tmp_path, "fifo": tmp_path / "fifo", "device": Path("/dev/zero")}
+    os.mkfifo(paths["fifo"])
+    open_before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ResumableError, match="x is no regular file; put the file itself in its place and run again"):
+        open_for_reading(paths[kind], "x")
+    assert len(os.listdir("/proc/self/fd")) == open_before
 
 
 def test_a_pool_reuses_its_buffers() -> None:
