@@ -23,7 +23,7 @@ from .inspection import inspect
 from .locate import SourceOptions
 from .manifest import shipped
 from .modules import quiet_libraries
-from .progress import for_terminal
+from .progress import bars_of_libraries, for_terminal
 from .recipe import ACTIVATION_SCHEMES, tool_version
 from .render import (
     render_inspection,
@@ -264,7 +264,7 @@ def _errors(advice: str = "run the same command again") -> Iterator[None]:
     for number in before:
         signal.signal(number, _interrupt)
     try:
-        with quiet_libraries():
+        with quiet_libraries(), bars_of_libraries():
             yield
     except ConvertError as error:
         click.echo(f"error: {' '.join(str(error).splitlines())}", err=True)  # one line, whatever a name holds

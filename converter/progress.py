@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Protocol, TextIO
 
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from tqdm import tqdm
 
 _LINE_EVERY_S = 10.0
@@ -21,7 +25,7 @@ class Progress(Protocol):
 
 
 class Silent:
-    """Tells nothing: the library's default."""
+    """Tells nothing, neither progress nor notes: the library's default, and what `--quiet` asks for."""
 
     def start(self, total: int) -> None: ...
     def advance(self, count: int) -> None: ...
@@ -78,7 +82,37 @@ class Lines:
     def close(self) -> None: ...
 
 
-def for_terminal(out: TextIO | None = None) -> Progress:
-    """A bar if `out` (stderr by default) is a terminal, else plain lines."""
+def for_terminal(out: TextIO | None = None, *, quiet: bool = False) -> Progress:
+    """A bar if `out` (stderr by default) is a terminal, else plain lines; quiet: nothing. Errors are not told here."""
     out = out or sys.stderr
+    if quiet:
+        return Silent()
     return Bar(out) if out.isatty() else Lines(out)
+
+
+@contextlib.contextmanager
+def bars_of_libraries(out: TextIO | None = None, *, quiet: bool = False) -> Iterator[None]:
+    """Let the libraries draw their progress bars only if `out` (stderr by default) is a terminal, and not if quiet."""
+    if (out or sys.stderr).isatty() and not quiet:
+        yield
+        return
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    switches: list[tuple[bool, Callable[[], object], Callable[[], object]]] = [
+        (log.is_progress_bar_enabled(), log.disable_progress_bar, log.enable_progress_bar)
+        for log in (diffusers_logging, transformers_logging)
+    ]
+    # Last, since transformers switches the Hub's bars with its own.
+    switches.append((not are_progress_bars_disabled(), disable_progress_bars, enable_progress_bars))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # HF_HUB_DISABLE_PROGRESS_BARS may have decided already
+        for _, disable, _ in switches:
+            disable()
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for was_on, disable, enable in switches:
+                (enable if was_on else disable)()

@@ -18,7 +18,7 @@ MACOS = ["preadv", "pwritev", "posix_fadvise", "posix_fallocate", "O_DIRECT"]
 WINDOWS = [*MACOS, "pread", "pwrite", "O_CLOEXEC", "O_NONBLOCK"]
 
 _TAKE_AWAY = """
-import contextlib, importlib, os, sys, types
+import builtins, contextlib, importlib, os, sys, types
 from pathlib import Path
 
 for library in {libraries!r}:
@@ -27,9 +27,13 @@ names, windows = {names!r}, {windows!r}
 for name in names:
     delattr(os, name)
 if windows:
-    sys.modules["fcntl"] = sys.modules["resource"] = None
     os.O_BINARY = 1 << 29
-    real_open, real_replace, ours = os.open, os.replace, {ours!r}
+    real_import, real_open, real_replace, ours = builtins.__import__, os.open, os.replace, {ours!r}
+
+    def windows_import(name, module=None, *rest, **more):  # for our code: the libraries here want them
+        if name in ("fcntl", "resource") and (module or {{}}).get("__name__", "").startswith("fp8_convert"):
+            raise ImportError(name)
+        return real_import(name, module, *rest, **more)
 
     def windows_open(path, flags, *rest, **more):
         if sys._getframe(1).f_code.co_filename.startswith(ours):
@@ -44,7 +48,7 @@ if windows:
                 assert os.readlink(f"/proc/self/fd/{{fd}}") not in map(os.path.realpath, (source, target))
         real_replace(source, target)
 
-    os.open, os.replace = windows_open, windows_replace
+    builtins.__import__, os.open, os.replace = windows_import, windows_open, windows_replace
 """
 
 
