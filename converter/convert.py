@@ -23,8 +23,10 @@ from .hub import HubFiles
 from .layout import RECORD_FILE, Block, encode_json
 from .locate import SourceOptions, fetch, open_source
 from .manifest import choose_manifest, load_manifest
-from .plan import Plan, ShardPlan, make_plan
+from .notebook import one_line
+from .plan import Plan, ShardPlan, make_plan, plan_html
 from .progress import Progress, Silent
+from .quantities import change
 from .reading import open_for_reading
 from .recipe import Recipe
 from .record import make_record
@@ -40,7 +42,7 @@ from .writing import FileWriter, file_sha256, write_small
 _MOST_WORKERS = 8  # by then reading and hashing are the limit
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """What a conversion did. Bytes are those of the weights' files; `peak_rss` is the process's, in bytes."""
 
@@ -51,6 +53,16 @@ class Result:
     seconds: float
     resumed_shards: int
     peak_rss: int
+
+    def __repr__(self) -> str:
+        return one_line(self, self._summary)
+
+    def _repr_html_(self) -> str:
+        return plan_html(self.plan, self._summary)
+
+    @property
+    def _summary(self) -> str:
+        return f"{self.output}: {change(self.bytes_before, self.bytes_after)} in {self.seconds:.1f} s"
 
     @property
     def gigabytes_per_second(self) -> float:

@@ -38,9 +38,9 @@ def local_folder(source: str | os.PathLike[str]) -> Path | None:
     """The folder that a source names, None if it reads as a Hub id. Raises ConvertError for anything else."""
     text = os.fspath(source)
     path = Path(text)
-    if path.is_dir():
+    if os.path.isdir(text):
         return path
-    if path.exists():
+    if os.path.exists(text):
         raise ConvertError(f"{path} is a file; give the snapshot's folder, or a component's folder.")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith((".", "/", "~")):
         raise ConvertError(
@@ -63,10 +63,15 @@ def _complete(snapshot: Snapshot, options: SourceOptions) -> Snapshot:
     if isinstance(snapshot.files, CachedFiles):
         for path in needed_files(snapshot):
             snapshot.files.local(path)  # what is missing is said now, not when it is copied
+    check_variant(snapshot, options)
+    return snapshot
+
+
+def check_variant(snapshot: Snapshot, options: SourceOptions) -> None:
+    """Raise ConvertError where a variant is asked for that no component has."""
     chosen = [PurePosixPath(s.path).name for c in snapshot.components for s in c.shards]
     if options.variant and not any(f".{options.variant}" in name for name in chosen):
         raise ConvertError(
             f"No component of {snapshot.label} has weights of the variant {options.variant!r}; correct or drop "
             "--variant."
         )
-    return snapshot

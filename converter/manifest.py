@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConvertError
+from .notebook import Brief
 from .pattern import matches
 
 MODES = ("w8a8", "storage", "keep")
@@ -24,16 +25,16 @@ UNALIGNED = ("pad", "keep")
 DEFAULT = "default"
 
 
-@dataclass(frozen=True)
-class Rule:
+@dataclass(frozen=True, repr=False)
+class Rule(Brief):
     """A pattern over module names and why it is there."""
 
     pattern: str
     why: str
 
 
-@dataclass(frozen=True)
-class FusionGroup:
+@dataclass(frozen=True, repr=False)
+class FusionGroup(Brief):
     """Members of one parent module that share one scale, because runtimes fuse them into one matrix."""
 
     parent: str
@@ -42,8 +43,8 @@ class FusionGroup:
     why: str
 
 
-@dataclass(frozen=True)
-class ComponentRules:
+@dataclass(frozen=True, repr=False)
+class ComponentRules(Brief):
     """What a manifest says of one component (or of all that match `component`, an fnmatch pattern)."""
 
     component: str
@@ -64,8 +65,8 @@ class ComponentRules:
         return next((rule for rule in rules if matches(rule.pattern, module)), None)
 
 
-@dataclass(frozen=True)
-class Manifest:
+@dataclass(frozen=True, repr=False)
+class Manifest(Brief):
     """A parsed manifest; `sha256` is that of its file."""
 
     name: str

@@ -18,6 +18,8 @@ from .errors import ConvertError
 from .header import PREFIX_BYTES, encode_header
 from .manifest import ComponentRules
 from .modules import module_map
+from .notebook import Brief, html_table, one_line
+from .quantities import byte_count, change, plural
 from .recipe import Recipe
 from .schedule import Schedule, make_schedule, scale_domain
 from .source import CONFIG, Component, Shard, Snapshot
@@ -38,8 +40,8 @@ _QUANTIZED_SUFFIXES = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class ShardPlan:
+@dataclass(frozen=True, repr=False)
+class ShardPlan(Brief):
     """One source shard and the output shard that it becomes. A shard without FP8 weights is `copied` whole."""
 
     component: str
@@ -59,8 +61,8 @@ class ShardPlan:
         return len(self.header) + (self.schedule.outputs[-1].end if self.schedule.outputs else 0)
 
 
-@dataclass(frozen=True)
-class ComponentPlan:
+@dataclass(frozen=True, repr=False)
+class ComponentPlan(Brief):
     """One component: its decisions and what is written for it. `rules` is None where nothing is converted."""
 
     source: Component
@@ -80,7 +82,7 @@ class ComponentPlan:
         return before, sum(s.schedule.outputs[-1].end for s in self.shards if s.schedule.outputs)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """A whole conversion. `files` holds the JSON files to write, `sidecars` those to copy."""
 
@@ -91,6 +93,25 @@ class Plan:
     sidecars: tuple[str, ...]
     notes: tuple[str, ...]
     input_scales: Mapping[str, float]
+
+    def __repr__(self) -> str:
+        converted = sum(t.decision.fp8 for c in self.components for t in c.tensors)
+        return one_line(self, f"{self.title}: {self.sizes}, {plural(converted, 'FP8 weight')}")
+
+    def _repr_html_(self) -> str:
+        return plan_html(self, f"{self.title}: {self.sizes}")
+
+    @property
+    def title(self) -> str:
+        """What is converted, and by which manifest."""
+        commit = f" @ {self.snapshot.commit[:12]}" if self.snapshot.commit else ""
+        pipeline = f" ({self.snapshot.pipeline})" if self.snapshot.pipeline else ""
+        return f"{self.snapshot.label}{commit}{pipeline}, manifest {self.recipe.manifest.name}"
+
+    @property
+    def sizes(self) -> str:
+        """What becomes of the weights' files, in words."""
+        return change(self.bytes_to_read, sum(s.size for s in self.shards))
 
     @property
     def shards(self) -> tuple[ShardPlan, ...]:
@@ -127,8 +148,8 @@ class Plan:
         }
 
 
-@dataclass(frozen=True)
-class Row:
+@dataclass(frozen=True, repr=False)
+class Row(Brief):
     """Tensors of one component that share a decision: what tables and records show."""
 
     mode: str | None
@@ -153,6 +174,17 @@ def rows(component: ComponentPlan) -> list[Row]:
             total[i] += value
     table = [Row(*key, *values) for key, values in sums.items()]
     return sorted(table, key=lambda r: (r.mode is None, r.mode or "", -r.bytes_before, r.rule))
+
+
+def plan_html(plan: Plan, caption: str) -> str:
+    """A plan's components as a table for a notebook."""
+    table = []
+    for component in plan.components:
+        before, after = component.weight_bytes
+        fp8, all_of_it = sum(t.decision.fp8 for t in component.tensors), sum(1 for _ in component.tensors)
+        label, class_name = component.source.label, component.source.class_name
+        table.append((label, class_name, fp8, all_of_it - fp8, byte_count(before), byte_count(after)))
+    return html_table(caption, ("component", "class", "FP8", "kept", "before", "after"), table, plan.notes)
 
 
 def make_plan(snapshot: Snapshot, recipe: Recipe) -> Plan:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from .errors import ConvertError, ResumableError
 from .header import Header, TensorInfo, read_header
 from .layout import RECORD_FILE
+from .notebook import Brief
 
 MODEL_INDEX = "model_index.json"
 CONFIG = "config.json"
@@ -54,8 +55,8 @@ class Files(Protocol):
         """The digest that the file must have, where the source states one."""
 
 
-@dataclass(frozen=True)
-class Shard:
+@dataclass(frozen=True, repr=False)
+class Shard(Brief):
     """One safetensors file of a component."""
 
     path: str
@@ -65,8 +66,8 @@ class Shard:
     sha256: str | None = None  # what the Hub says of it
 
 
-@dataclass(frozen=True)
-class Component:
+@dataclass(frozen=True, repr=False)
+class Component(Brief):
     """A component with weights. A component that is its own snapshot has the name ""."""
 
     name: str
@@ -90,8 +91,8 @@ class Component:
         return (tensor for shard in self.shards for tensor in shard.header.tensors)
 
 
-@dataclass(frozen=True)
-class Snapshot:
+@dataclass(frozen=True, repr=False)
+class Snapshot(Brief):
     """A described snapshot. `sidecars` are the files to carry over as they are, weights and indices excluded."""
 
     label: str

@@ -24,8 +24,10 @@ from .header import Header, TensorInfo, read_header
 from .locate import SourceOptions, fetch, open_source
 from .manifest import Manifest, load_manifest, shipped
 from .modules import module_map
+from .notebook import Brief, html_table, one_line
 from .plan import Plan, ShardPlan, make_plan
 from .progress import Progress, Silent
+from .quantities import plural
 from .reading import open_for_reading, read_exactly
 from .recipe import ACTIVATION_SCHEMES, Recipe
 from .record import check_record, read_record
@@ -37,15 +39,15 @@ from .writing import file_sha256
 _SCALE_BYTES_AT_ONCE = 1 << 20
 
 
-@dataclass(frozen=True)
-class Finding:
+@dataclass(frozen=True, repr=False)
+class Finding(Brief):
     """Something wrong with one file; the path "." stands for the whole snapshot."""
 
     path: str
     problem: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verification:
     """What was checked, and what is wrong with it."""
 
@@ -54,6 +56,19 @@ class Verification:
     tensors: int
     compared_with: str | None
     findings: tuple[Finding, ...]
+
+    def __repr__(self) -> str:
+        return one_line(self, self.verdict)
+
+    def _repr_html_(self) -> str:
+        return html_table(self.verdict, ("file", "finding"), [(f.path, f.problem) for f in self.findings])
+
+    @property
+    def verdict(self) -> str:
+        """Whether all is well, and what was looked at, in one line."""
+        against = f", compared with {self.compared_with}" if self.compared_with else ""
+        verdict = "ok" if self.ok else plural(len(self.findings), "finding")
+        return f"{self.path}: {verdict} ({self.files} files, {self.tensors} tensors{against})"
 
     @property
     def ok(self) -> bool:
