@@ -124,7 +124,7 @@ def inspect(path: str | os.PathLike[str], *, options: SourceOptions | None = Non
     """
     options = options or SourceOptions()
     place = Path(path)
-    if os.path.isfile(place):
+    if os.path.isfile(place) or (place.suffix == ".safetensors" and not os.path.isdir(place)):
         return _inspect_file(place)
     unfinished = find_unfinished(place)
     if unfinished is not None and not is_published(place):

@@ -11,6 +11,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from .quantities import plural
+
 _LINE = 200  # characters
 _FIELD = 60
 _ROWS = 40
@@ -61,7 +63,7 @@ def _brief(value: object) -> str:
     if isinstance(value, Mapping | Set | Sequence):
         plain = isinstance(value, tuple) and len(value) <= 4 and all(isinstance(v, str | int) for v in value)
         text = repr(value) if plain else ""
-        return text if text and len(text) <= _FIELD else f"<{len(value)} items>"
+        return text if text and len(text) <= _FIELD else f"<{plural(len(value), 'item')}>"
     names = (getattr(value, attribute, None) for attribute in ("name", "path", "label"))
     name = next((n for n in names if isinstance(n, str)), None)
     return f"<{type(value).__name__}{f' {_brief(name)}' if name else ''}>"

@@ -247,7 +247,7 @@ def test_what_is_no_safetensors_file(tmp_path: Path, converted: Path) -> None:
         inspect(tmp_path / "x.safetensors")
     with pytest.raises(ConvertError):
         inspect("x" * 5000)
-    with pytest.raises(ConvertError, match="does not exist; check the path"):
+    with pytest.raises(ConvertError, match=r"x\.safetensors cannot be opened .*; check the path"):
         inspect(tmp_path / "none" / "x.safetensors")
 
 
