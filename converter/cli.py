@@ -179,21 +179,31 @@ def convert_command(
 
 
 @main.command("inspect")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("source")
+@click.option("--revision", help="Branch, tag or commit of the Hub repository.")
+@click.option("--token", help="Hub token; by default the one you logged in with.")
+@click.option("--cache-dir", type=click.Path(path_type=Path), help="Hub cache to use.")
+@click.option("--local-files-only", is_flag=True, help="Use the Hub cache and make no connection.")
+@click.option("--variant", help="Look at *.VARIANT.safetensors where a component has them, such as fp16.")
 @_json_option
-def inspect_command(path: Path, as_json: bool) -> None:
-    """Show what is FP8, what is not, and why.
+def inspect_command(source: str, as_json: bool, **hub: Any) -> None:
+    """Show what is FP8, what is not, and why: a folder, a Hub id (not downloaded) or a .safetensors file.
+
+    Exit code 1 if something is wrong with it.
 
     \b
-    Example: fp8-convert inspect qwen-image-fp8
+    Example:
+      fp8-convert inspect qwen-image-fp8
+      fp8-convert inspect Qwen/Qwen-Image
+      fp8-convert inspect flux1-dev-fp8.safetensors
     """
     with _errors():
-        inspection = inspect(path)
+        inspection = inspect(source, options=SourceOptions(**hub))
         if as_json:
             click.echo(json.dumps(inspection.to_json(), indent=2))
         else:
             click.echo(render_inspection(inspection, terminal_width()))
-        if any(c.problems for c in inspection.components):
+        if not inspection.ok:
             sys.exit(1)
 
 

@@ -15,8 +15,10 @@ from .finished import check_finished
 from .layout import Block
 from .locate import SourceOptions, open_source
 from .manifest import choose_manifest, load_manifest
-from .plan import Plan, make_plan
+from .notebook import one_line
+from .plan import Plan, make_plan, plan_html
 from .progress import Progress, Silent
+from .quantities import change
 from .recipe import Recipe, parse_size
 from .record import check_record, read_record
 from .run import conversion_key, run
@@ -30,7 +32,7 @@ except ImportError:  # Windows has no such module
     resource = None  # type: ignore[assignment]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """What a conversion did. Bytes are those of the weights' files.
 
@@ -48,6 +50,17 @@ class Result:
     peak_rss: int | None
     snapshot_sha256: str
     already_done: bool = False
+
+    def __repr__(self) -> str:
+        return one_line(self, self._summary)
+
+    def _repr_html_(self) -> str:
+        return plan_html(self.plan, self._summary)
+
+    @property
+    def _summary(self) -> str:
+        done = "already done" if self.already_done else f"in {self.seconds:.1f} s"
+        return f"{self.output}: {change(self.bytes_before, self.bytes_after)}, {done}"
 
     @property
     def gigabytes_per_second(self) -> float:

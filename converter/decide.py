@@ -15,6 +15,7 @@ from .header import TensorInfo
 from .layout import STORAGE, W8A8, WEIGHT, Block, scheme_name
 from .manifest import ComponentRules, FusionGroup
 from .modules import ModuleMap
+from .notebook import Brief
 from .pattern import closest, matches
 from .quantize import SOURCE_DTYPES
 
@@ -24,8 +25,8 @@ STORAGE_BLOCK: Block = (
 )  # what --compact stores in: the block that every reader of block scales knows
 
 
-@dataclass(frozen=True)
-class Decision:
+@dataclass(frozen=True, repr=False)
+class Decision(Brief):
     """What happens to one tensor. `mode` and `scheme` are None for a kept one.
 
     `rule` is the pattern, or for rules that no manifest states a short phrase; `group` names the fusion group whose
@@ -48,8 +49,8 @@ class Decision:
         return scheme_name(self.block) if self.fp8 else None
 
 
-@dataclass(frozen=True)
-class PlannedTensor:
+@dataclass(frozen=True, repr=False)
+class PlannedTensor(Brief):
     """A source tensor and its decision."""
 
     info: TensorInfo

@@ -15,6 +15,7 @@ from .errors import ConvertError
 from .inspection import inspect
 from .layout import RECORD_FILE
 from .modules import quiet_libraries
+from .progress import bars_of_libraries
 from .record import read_record
 from .render import render_inspection, render_result, render_verification
 from .verification import verify
@@ -40,7 +41,7 @@ def run_demo(output: Path, say: Callable[[str], None]) -> None:
         raise ConvertError(f"{output} holds an FP8 snapshot that is not the demo's; name another folder with -o.")
     if not again and picture.exists():
         raise ConvertError(f"{picture}, where the demo's picture goes, exists; name another folder with -o.")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, bars_of_libraries():
         source = Path(folder, "tiny-z-image")
         say("building a tiny random Z-Image pipeline (11 MB) ...")
         build_tiny_pipeline(source)
@@ -50,7 +51,8 @@ def run_demo(output: Path, say: Callable[[str], None]) -> None:
         say(render_inspection(inspect(output)))
         say("")
         say(render_verification(verify(output, source=source)).replace(str(source), "the source"))
-    pipeline = load_pipeline(output)
+    with bars_of_libraries():
+        pipeline = load_pipeline(output)
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline(
         "a red cube", height=64, width=64, num_inference_steps=2, guidance_scale=0.0, max_sequence_length=64

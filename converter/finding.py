@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .notebook import Brief
 
-@dataclass(frozen=True)
-class Finding:
+
+@dataclass(frozen=True, repr=False)
+class Finding(Brief):
     """Something wrong with one file; the path "." stands for the whole snapshot."""
 
     path: str

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConvertError, ResumableError
+from .notebook import Brief
 from .untrusted import open_regular, parse_json
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -29,8 +30,8 @@ DTYPE_BITS: Mapping[str, int] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class TensorInfo:
+@dataclass(frozen=True, repr=False)
+class TensorInfo(Brief):
     """One tensor of a safetensors file; `start` and `end` are byte offsets into the data section."""
 
     name: str
@@ -53,8 +54,8 @@ class TensorInfo:
         return max(1, DTYPE_BITS[self.dtype] // 8)
 
 
-@dataclass(frozen=True)
-class Header:
+@dataclass(frozen=True, repr=False)
+class Header(Brief):
     """A parsed header. `tensors` are in data order; `raw` is the JSON text exactly as stored."""
 
     tensors: tuple[TensorInfo, ...]

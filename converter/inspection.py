@@ -1,28 +1,48 @@
-"""What a snapshot holds, converted or not: per component and module kind FP8, kept and why, scales and bytes.
+"""What a snapshot or a safetensors file holds, converted or not, by us or others: FP8, kept and why, scales, bytes.
 
-The answer comes from the shards' own headers; the record, where there is one, only adds the reasons.
+The answer comes from headers alone, so a Hub repository is not downloaded; the record, where there is one, only adds
+the reasons. What is wrong is said once for all tensors that share it.
 """
 
 from __future__ import annotations
 
+import math
+import os
+import tempfile
 from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from . import layout
 from .errors import ConvertError
-from .header import TensorInfo
+from .header import TensorInfo, read_header
+from .locate import SourceOptions, check_variant, find_snapshot
 from .modules import module_map
+from .notebook import Brief, html_table, one_line
+from .quantities import byte_count, plural
+from .recipe import ACTIVATION_SCHEMES
 from .record import check_record, read_record
-from .source import Component, LocalFiles, describe, require_folder
+from .source import CONFIG, Component, Files, LocalFiles, Shard
+from .unfinished import Unfinished, find_unfinished, is_published
 
-_SCALES = (layout.WEIGHT_SCALE, layout.WEIGHT_SCALE_INV, layout.INPUT_SCALE)
+_FP8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+_SCALE_DTYPES = ("F32", "F16", "BF16", "F64", "F8_E8M0")
+_OTHERS_SCALE = ".scale_weight"  # ComfyUI's name
+_WEIGHT_SCALES = (layout.WEIGHT_SCALE, layout.WEIGHT_SCALE_INV, _OTHERS_SCALE)
+_COMFYUI = (_OTHERS_SCALE, ".scale_input", ".comfy_quant", "scaled_fp8")
+_SCALES = (*_WEIGHT_SCALES, layout.INPUT_SCALE, *_COMFYUI)
+
+_Found = dict[tuple[str, str], list[str]]  # (one is wrong, several are wrong) -> which
 
 
-@dataclass(frozen=True)
-class Group:
-    """Tensors of one component that are alike. `what` is "fp8", "scale" or "kept"."""
+@dataclass(frozen=True, repr=False)
+class Group(Brief):
+    """Tensors of one component that are alike. `what` is "fp8", "scale" or "kept".
+
+    `scheme` is None where FP8 has no scale; for what another tool wrote it is "tensor", "channel" or "block".
+    """
 
     what: str
     mode: str | None
@@ -35,9 +55,9 @@ class Group:
     bytes: int
 
 
-@dataclass(frozen=True)
-class ComponentView:
-    """One component as it lies on disk. `problems` are FP8 weights that no reader could use."""
+@dataclass(frozen=True, repr=False)
+class ComponentView(Brief):
+    """One component as it lies on disk. `problems` are sentences, one for each kind of problem."""
 
     name: str
     class_name: str | None
@@ -50,39 +70,103 @@ class ComponentView:
         return sum(g.bytes for g in self.groups)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Inspection:
-    """A whole snapshot."""
+    """A whole snapshot, or one safetensors file. `unfinished` tells of a conversion that stopped midway."""
 
     path: str
     converted_by: str | None
     source: str | None
     components: tuple[ComponentView, ...]
+    commit: str | None = None
+    unfinished: Unfinished | None = None
+
+    def __repr__(self) -> str:
+        fp8 = sum(g.tensors for c in self.components for g in c.groups if g.what == "fp8")
+        problems = plural(sum(len(c.problems) for c in self.components), "problem")
+        return one_line(self, f"{self.title}; {plural(fp8, 'FP8 weight')}, {problems}")
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (c.name, c.class_name, " ".join(filter(None, (g.what, g.mode, g.scheme))), g.kind, g.dtype, g.tensors,
+             byte_count(g.bytes))
+            for c in self.components for g in c.groups
+        ]  # fmt: skip
+        header = ("component", "class", "what", "kind", "dtype", "tensors", "bytes")
+        return html_table(self.title, header, rows, [problem for c in self.components for problem in c.problems])
+
+    @property
+    def title(self) -> str:
+        """What it is, in one line."""
+        commit = f" @ {self.commit[:12]}" if self.commit else ""
+        made = self.converted_by or "not converted by fp8-convert"
+        if self.unfinished is None:
+            return f"{self.path}{commit}: {made}"
+        advice = "run the same command again to finish it"
+        if self.components:
+            return f"{self.path}: {made}; a conversion that would replace it is {self.unfinished}: {advice}"
+        return f"{self.path}: {self.unfinished}; {advice}"
+
+    @property
+    def ok(self) -> bool:
+        """Whether it is whole and no problem was found."""
+        return bool(self.components) and not any(c.problems for c in self.components)
 
     def to_json(self) -> dict[str, Any]:
         """The same for scripts."""
-        return asdict(self)
+        return {"ok": self.ok, **asdict(self)}
 
 
-def inspect(path: str | Path) -> Inspection:
-    """Inspect a snapshot's folder, or one component's. Raises ConvertError."""
-    root = Path(path)
-    require_folder(root)
-    record, damaged = _record(root)
-    snapshot = describe(LocalFiles(root), allow_converted=True)
+def inspect(path: str | os.PathLike[str], *, options: SourceOptions | None = None) -> Inspection:
+    """Inspect a snapshot's folder or Hub id (which is not downloaded), a component's folder or a .safetensors file.
+
+    The output of a conversion that was interrupted is no error here: see `unfinished`. Raises ConvertError.
+    """
+    options = options or SourceOptions()
+    place = Path(path)
+    if os.path.isfile(place) or (place.suffix == ".safetensors" and not os.path.isdir(place)):
+        return _inspect_file(place)
+    unfinished = find_unfinished(place)
+    if unfinished is not None and not is_published(place):
+        return Inspection(str(place), None, None, (), unfinished=unfinished)
+    snapshot = find_snapshot(path, options, allow_converted=True)
+    check_variant(snapshot, options)
+    record, damaged = _record(snapshot.files)
     recorded = record.get("components", {})
     source = record.get("source", {})
-    views = tuple(_view(c, recorded.get(c.name, {})) for c in snapshot.components)
     return Inspection(
-        str(root),
-        "fp8-convert, with a damaged record: run verify" if damaged else _tool(record, views),
+        snapshot.label,
+        "fp8-convert, with a damaged record: run verify" if damaged else _tool(record, snapshot.components),
         source.get("repo") and f"{source['repo']} @ {source.get('commit')}",
-        views,
+        tuple(_view(c, recorded.get(c.name, {})) for c in snapshot.components),
+        snapshot.commit,
+        unfinished,
     )
 
 
-def _record(root: Path) -> tuple[dict[str, Any], bool]:
+def _inspect_file(path: Path) -> Inspection:
+    """One safetensors file, whoever wrote it; what its modules are is not known."""
+    if path.suffix != ".safetensors":
+        raise ConvertError(f"{path} is no .safetensors file; give one, or the folder of a snapshot.")
+    header = read_header(path, str(path))
+    shard = Shard(path.name, header.file_size, header, path)
+    component = Component("", "", None, {}, path.stem, (shard,), None)
+    view = _view(component, {}, alone=True)
+    return Inspection(str(path), _tool({}, [component]), None, (view,))
+
+
+def _record(files: Files) -> tuple[dict[str, Any], bool]:
     """The record and whether there is a damaged one, which is not used: its reasons cannot be believed."""
+    if isinstance(files, LocalFiles):
+        return _read_record(files.root)
+    if layout.RECORD_FILE not in files.sizes():
+        return {}, False
+    with tempfile.TemporaryDirectory() as folder:  # records are read from folders
+        Path(folder, layout.RECORD_FILE).write_bytes(files.read(layout.RECORD_FILE, layout.MAX_RECORD_BYTES))
+        return _read_record(Path(folder))
+
+
+def _read_record(root: Path) -> tuple[dict[str, Any], bool]:
     try:
         record = read_record(root)
         damaged = record is not None and check_record(root) is not None
@@ -91,15 +175,51 @@ def _record(root: Path) -> tuple[dict[str, Any], bool]:
     return ({} if damaged else record or {}), damaged
 
 
-def _tool(record: dict[str, Any], views: tuple[ComponentView, ...]) -> str | None:
+def _tool(record: Mapping[str, Any], components: Iterable[Component]) -> str | None:
+    """Who made it FP8, None if nobody did."""
     if "tool_version" in record:
         return f"fp8-convert {record['tool_version']}"
-    ours = any(group.mode is not None for view in views for group in view.groups)  # a component of a snapshot
-    return f"fp8-convert; {layout.RECORD_FILE} is not here" if ours else None
+    if any(layout.METADATA_KEY in s.header.metadata for c in components for s in c.shards):
+        return f"fp8-convert; {layout.RECORD_FILE} is not here"  # a part of a snapshot
+    tensors = [t for c in components for t in c.tensors]
+    if any(t.name.endswith(_COMFYUI) for t in tensors):
+        return "another tool, in ComfyUI's format"
+    return "another tool" if any(t.dtype in _FP8 for t in tensors) else None
 
 
-def _view(component: Component, record: dict[str, Any]) -> ComponentView:
+def _view(component: Component, record: Mapping[str, Any], *, alone: bool = False) -> ComponentView:
+    """A component, or a file that stands `alone`, without a config."""
     kinds = module_map(component).kinds
+    modules = _stated_modules(component)
+    tensors = {t.name: t for t in component.tensors}
+    scales = {t.name: _scale_of(t, tensors) for t in tensors.values() if _is_fp8(t)}
+    are_scales = {scale.name for scale in scales.values() if scale is not None}
+    config, problems = _config(component)
+    ignored = _texts(config.get("ignored_layers"))
+    sums: dict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0, 0, 0])
+    for tensor in tensors.values():
+        module = tensor.name.removesuffix(layout.WEIGHT)
+        kind = kinds.get(module) if tensor.name.endswith(layout.WEIGHT) else None
+        what, mode, scheme = "kept", None, None
+        if tensor.name in scales:
+            what, (mode, scheme) = "fp8", modules.get(module) or (None, _scheme(tensor, scales[tensor.name]))
+        elif tensor.name in are_scales or tensor.name.endswith(_SCALES):
+            what = "scale"
+        why = _why(what, kind, tensor.dtype, record, module in ignored)
+        total = sums[what, mode, scheme, kind, tensor.dtype, why]
+        for i, value in enumerate((1, tensor.numel, tensor.nbytes)):
+            total[i] += value
+    groups = sorted((Group(*k, *v) for k, v in sums.items()), key=lambda g: (g.what, -g.bytes))
+    problems += _sentences(_faults(tensors, scales, modules))
+    if not alone:
+        problems += _contradictions(component, config, bool(scales))
+    method = config.get("quant_method")
+    method = method if isinstance(method, str) else None
+    return ComponentView(component.name, component.class_name, method, tuple(groups), tuple(problems))
+
+
+def _stated_modules(component: Component) -> dict[str, tuple[str, str]]:
+    """The FP8 modules that the shards' metadata name. Raises ConvertError."""
     modules: dict[str, tuple[str, str]] = {}
     for shard in component.shards:
         try:
@@ -108,40 +228,128 @@ def _view(component: Component, record: dict[str, Any]) -> ComponentView:
             raise ConvertError(
                 f"{shard.path} has unreadable fp8_convert metadata ({error!s:.200}); convert it again."
             ) from error
-    names = {t.name for t in component.tensors}
-    config = component.config.get(layout.CONFIG_KEY)
-    config = config if isinstance(config, dict) else {}
-    ignored = config.get("ignored_layers")
-    ignored = ignored if isinstance(ignored, list) else []
-    sums: dict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0, 0, 0])
-    problems = []
-    for tensor in component.tensors:
-        module = tensor.name.removesuffix(layout.WEIGHT)
-        kind = kinds.get(module) if tensor.name.endswith(layout.WEIGHT) else None
-        what, mode, scheme = _classify(tensor, modules)
-        why = _why(what, kind, tensor.dtype, record, module in ignored)
-        total = sums[what, mode, scheme, kind, tensor.dtype, why]
-        for i, value in enumerate((1, tensor.numel, tensor.nbytes)):
-            total[i] += value
-        if tensor.dtype == "F8_E4M3" and not any(module + s in names for s in _SCALES[:2]):
-            problems.append(f"{tensor.name} has no scale")
-    groups = sorted((Group(*k, *v) for k, v in sums.items()), key=lambda g: (g.what, -g.bytes))
-    return ComponentView(
-        component.name, component.class_name, config.get("quant_method"), tuple(groups), tuple(problems)
+    return modules
+
+
+def _is_fp8(tensor: TensorInfo) -> bool:
+    """Whether it holds FP8 codes of weights; other formats have scales in FP8."""
+    return tensor.dtype in _FP8 and not tensor.name.endswith(_SCALES)
+
+
+def _scale_of(weight: TensorInfo, tensors: Mapping[str, TensorInfo]) -> TensorInfo | None:
+    """The scale beside an FP8 weight, under any name that tools give it."""
+    module = weight.name.removesuffix(layout.WEIGHT)
+    names = (*(module + s for s in (*_WEIGHT_SCALES, ".scale")), weight.name + "_scale", weight.name + "_scale_inv")
+    return next((tensors[name] for name in names if name in tensors), None)
+
+
+def _scheme(weight: TensorInfo, scale: TensorInfo | None) -> str | None:
+    """How another tool's scale covers its weight."""
+    if scale is None:
+        return None
+    if scale.numel == 1:
+        return "tensor"
+    return "channel" if scale.numel == math.prod(weight.shape[:1]) else "block"
+
+
+def _faults(
+    tensors: Mapping[str, TensorInfo],
+    scales: Mapping[str, TensorInfo | None],
+    modules: Mapping[str, tuple[str, str]],
+) -> _Found:
+    """FP8 weights that readers could not use, and what has lost its weight."""
+    found: _Found = defaultdict(list)
+    for name, scale in scales.items():
+        stated = modules.get(name.removesuffix(layout.WEIGHT))
+        if scale is None:
+            found["FP8 weight has no scale", "FP8 weights have no scale"].append(name)
+        elif not _fits(tensors[name], scale, stated):
+            about = f"{scale.name} ({scale.dtype} {list(scale.shape)})"
+            found["scale does not fit its weight", "scales do not fit their weights"].append(about)
+        if modules and stated is None:
+            found["FP8 weight is not in the metadata", "FP8 weights are not in the metadata"].append(name)
+    for module in modules:
+        if module + layout.WEIGHT not in scales:
+            one, several = (f"by the metadata, whose {w} not" for w in ("weight is", "weights are"))
+            found[f"FP8 layer {one}", f"FP8 layers {several}"].append(module)
+    for name in tensors:
+        suffix = next((s for s in _WEIGHT_SCALES if name.endswith(s)), None)
+        if suffix is not None and _is_orphan(name.removesuffix(suffix), tensors):
+            found["scale has no quantised weight", "scales have no quantised weight"].append(name)
+    return found
+
+
+def _fits(weight: TensorInfo, scale: TensorInfo, stated: tuple[str, str] | None) -> bool:
+    """Whether a scale's dtype and shape are those that its scheme states, or that any tool's could be."""
+    if stated is not None:
+        block = layout.scheme_block(stated[1])
+        if block is not None and len(weight.shape) != 2:
+            return False
+        name = layout.scale_key(weight.name.removesuffix(layout.WEIGHT), block)
+        expected = layout.scale_shape(weight.shape, block)
+        return (scale.name, scale.dtype, scale.shape) == (name, "F32", expected)
+    if scale.dtype not in _SCALE_DTYPES:
+        return False
+    blocks = len(scale.shape) == len(weight.shape) and all(
+        0 < s <= w for s, w in zip(scale.shape, weight.shape, strict=True)
     )
+    return scale.numel == 1 or blocks or scale.shape == weight.shape[:1]
 
 
-def _classify(tensor: TensorInfo, modules: dict[str, tuple[str, str]]) -> tuple[str, str | None, str | None]:
-    """(what, mode, scheme) of a tensor."""
-    if tensor.name.endswith(_SCALES):
-        return "scale", None, None
-    if tensor.dtype != "F8_E4M3":
-        return "kept", None, None
-    mode, scheme = modules.get(tensor.name.removesuffix(layout.WEIGHT), (None, None))
-    return "fp8", mode, scheme
+def _is_orphan(module: str, tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether a scale's module has no weight that a scale could be for."""
+    if any(module + suffix in tensors for suffix in (".weight_packed", ".qweight")):
+        return False
+    weight = tensors.get(module + layout.WEIGHT)
+    return weight is None or weight.dtype in ("BF16", "F16", "F32", "F64")
 
 
-def _why(what: str, kind: str | None, dtype: str, record: dict[str, Any], ignored: bool) -> str:
+def _sentences(found: _Found) -> Iterator[str]:
+    """One sentence per kind of problem, with a count and an example."""
+    for (one, several), names in found.items():
+        example = f"{names[0]:.120}"
+        yield f"1 {one}: {example}" if len(names) == 1 else f"{len(names)} {several}, such as {example}"
+
+
+def _config(component: Component) -> tuple[Mapping[str, Any], list[str]]:
+    """What config.json has under quantization_config, as far as it can be used, and what is wrong with it."""
+    config = component.config.get(layout.CONFIG_KEY)
+    if config is None:
+        return {}, []
+    if not isinstance(config, dict):
+        return {}, [f"{layout.CONFIG_KEY} in {component.path(CONFIG)} is {config!r:.60} instead of an object"]
+    block = config.get("weight_block_size")
+    checks = {"quant_method": isinstance(config.get("quant_method"), str)}
+    if config.get("quant_method") in (layout.QUANT_METHOD, layout.QUANT_METHOD_NATIVE):
+        ignored = config.get("ignored_layers", [])
+        checks |= {
+            "activation_scheme": config.get("activation_scheme", "dynamic") in ACTIVATION_SCHEMES,
+            "ignored_layers": ignored is None or (isinstance(ignored, list) and len(_texts(ignored)) == len(ignored)),
+            "weight_block_size": block is None
+            or (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)),
+        }
+    where = f"{layout.CONFIG_KEY} in {component.path(CONFIG)}"
+    return config, [
+        f"{where} has the {key} {config[key]!r:.60}" if key in config else f"{where} has no {key}"
+        for key, right in checks.items()
+        if not right
+    ]
+
+
+def _texts(value: Any) -> list[str]:
+    return [v for v in value if isinstance(v, str)] if isinstance(value, list) else []
+
+
+def _contradictions(component: Component, config: Mapping[str, Any], fp8: bool) -> Iterator[str]:
+    """Where config.json and shards tell readers different things."""
+    if fp8 and component.config.get(layout.CONFIG_KEY) is None:
+        yield f"{component.path(CONFIG)} has no {layout.CONFIG_KEY}, so readers would take FP8 codes for weights"
+    method = config.get("quant_method")
+    if not fp8 and method in (layout.QUANT_METHOD, layout.QUANT_METHOD_NATIVE):
+        yield f"{component.path(CONFIG)} has the quant_method {method}, and no weight is FP8"
+
+
+def _why(what: str, kind: str | None, dtype: str, record: Mapping[str, Any], ignored: bool) -> str:
     """The rules that kept tensors of this kind and dtype, as the record counts them, else what the config tells."""
     if what != "kept":
         return ""

@@ -19,6 +19,7 @@ INPUT_SCALE = ".input_scale"
 
 RECORD_FILE = "fp8_convert.json"
 RECORD_FORMAT = 2
+MAX_RECORD_BYTES = 64 * 1024 * 1024  # a larger one is none: it has some hundred bytes a file
 METADATA_KEY = "fp8_convert"
 CONFIG_KEY = "quantization_config"
 QUANT_METHOD = "fp8"  # what other runtimes can read too

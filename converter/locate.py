@@ -96,9 +96,9 @@ def local_folder(source: str | os.PathLike[str]) -> Path | None:
     check_text(source, "The source")
     text = os.fspath(source)
     path = Path(text)
-    if path.is_dir():
+    if os.path.isdir(text):
         return path
-    if path.exists():
+    if os.path.exists(text):
         raise ConvertError(f"{path} is a file; give the snapshot's folder, or a component's folder.")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith((".", "/", "~")):
         raise ConvertError(
@@ -121,10 +121,15 @@ def _complete(snapshot: Snapshot, options: SourceOptions) -> Snapshot:
     """The snapshot, if what the cache should hold is there, and the variant asked for where one is."""
     for path in needed_files(snapshot):
         snapshot.files.local(path)  # what is missing is said now, not when it is copied
+    check_variant(snapshot, options)
+    return snapshot
+
+
+def check_variant(snapshot: Snapshot, options: SourceOptions) -> None:
+    """Raise ConvertError where a variant is asked for that no component has."""
     chosen = [PurePosixPath(s.path).name for c in snapshot.components for s in c.shards]
     if options.variant and not any(f".{options.variant}" in name for name in chosen):
         raise ConvertError(
             f"No component of {snapshot.label} has weights of the variant {options.variant!r}; correct or drop "
             "--variant."
         )
-    return snapshot

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConvertError
+from .notebook import Brief
 from .pattern import matches
 from .untrusted import check_text
 
@@ -29,8 +30,8 @@ SECTIONS = ("eligible", "never_layers", "ignored_layers", "storage_layers")  # l
 _SHOWN = 60  # characters of a wrong value that an error repeats
 
 
-@dataclass(frozen=True)
-class Rule:
+@dataclass(frozen=True, repr=False)
+class Rule(Brief):
     """A pattern over module names and why it is there; an `optional` one may match nothing."""
 
     pattern: str
@@ -38,8 +39,8 @@ class Rule:
     optional: bool = False
 
 
-@dataclass(frozen=True)
-class FusionGroup:
+@dataclass(frozen=True, repr=False)
+class FusionGroup(Brief):
     """Members of one parent module that share one scale, because runtimes fuse them into one matrix.
 
     An `optional` group may exist nowhere.
@@ -52,8 +53,8 @@ class FusionGroup:
     optional: bool = False
 
 
-@dataclass(frozen=True)
-class ComponentRules:
+@dataclass(frozen=True, repr=False)
+class ComponentRules(Brief):
     """What a manifest says of one component (or of all that match `component`, an fnmatch pattern).
 
     An `optional` one may apply to no component of a snapshot.
@@ -83,8 +84,8 @@ class ComponentRules:
         return next((rule for rule in rules if matches(rule.pattern, module)), None)
 
 
-@dataclass(frozen=True)
-class Manifest:
+@dataclass(frozen=True, repr=False)
+class Manifest(Brief):
     """A parsed manifest; `text` is its file and `sha256` the digest of that. `path` is None for a shipped one.
 
     `optional`: it is written for no single model, and each of its entries may match nothing.

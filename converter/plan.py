@@ -21,11 +21,12 @@ from .header import PREFIX_BYTES
 from .manifest import ComponentRules
 from .matching import Match, components_of, match_entries, match_tables, refuse_problems, why_unmatched
 from .modules import ModuleMap, module_map
+from .notebook import Brief, html_table, one_line
+from .quantities import byte_count, change, plural
 from .recipe import Recipe
 from .schedule import Schedule, make_schedule, scale_domain
 from .sharding import OutputFile, cut_into_files
 from .source import CONFIG, MODEL_INDEX, Component, LeftOut, Shard, Snapshot
-from .units import bytes_text
 
 _MOST_NOTES = 4  # on files that are left out for one reason
 _QUANTIZED_DTYPES = {
@@ -46,8 +47,8 @@ _QUANTIZED_SUFFIXES = (
 _MOST_FILES = 99_999  # as many as their names can number
 
 
-@dataclass(frozen=True)
-class ShardPlan:
+@dataclass(frozen=True, repr=False)
+class ShardPlan(Brief):
     """One source shard and the output files that it becomes, mostly one. Without FP8 weights it is `copied`."""
 
     component: str
@@ -66,8 +67,8 @@ class ShardPlan:
         return sum(file.size for file in self.files)
 
 
-@dataclass(frozen=True)
-class ComponentPlan:
+@dataclass(frozen=True, repr=False)
+class ComponentPlan(Brief):
     """One component: its decisions and what is written for it. `rules` is None where nothing is converted."""
 
     source: Component
@@ -87,7 +88,7 @@ class ComponentPlan:
         return before, sum(s.schedule.outputs[-1].end for s in self.shards if s.schedule.outputs)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """A whole conversion. `files` holds the JSON files to write, `sidecars` those to copy."""
 
@@ -98,6 +99,25 @@ class Plan:
     sidecars: tuple[str, ...]
     notes: tuple[str, ...]
     input_scales: Mapping[str, float]
+
+    def __repr__(self) -> str:
+        converted = sum(t.decision.fp8 for c in self.components for t in c.tensors)
+        return one_line(self, f"{self.title}: {self.sizes}, {plural(converted, 'FP8 weight')}")
+
+    def _repr_html_(self) -> str:
+        return plan_html(self, f"{self.title}: {self.sizes}")
+
+    @property
+    def title(self) -> str:
+        """What is converted, and by which manifest."""
+        commit = f" @ {self.snapshot.commit[:12]}" if self.snapshot.commit else ""
+        pipeline = f" ({self.snapshot.pipeline})" if self.snapshot.pipeline else ""
+        return f"{self.snapshot.label}{commit}{pipeline}, manifest {self.recipe.manifest.name}"
+
+    @property
+    def sizes(self) -> str:
+        """What becomes of the weights' files, in words."""
+        return change(self.bytes_to_read, sum(s.size for s in self.shards))
 
     @property
     def shards(self) -> tuple[ShardPlan, ...]:
@@ -159,8 +179,8 @@ class Plan:
         }
 
 
-@dataclass(frozen=True)
-class Row:
+@dataclass(frozen=True, repr=False)
+class Row(Brief):
     """Tensors of one component that share a decision: what tables and records show."""
 
     mode: str | None
@@ -185,6 +205,17 @@ def rows(component: ComponentPlan) -> list[Row]:
             total[i] += value
     table = [Row(*key, *values) for key, values in sums.items()]
     return sorted(table, key=lambda r: (r.mode is None, r.mode or "", -r.bytes_before, r.rule))
+
+
+def plan_html(plan: Plan, caption: str) -> str:
+    """A plan's components as a table for a notebook."""
+    table = []
+    for component in plan.components:
+        before, after = component.weight_bytes
+        fp8, all_of_it = sum(t.decision.fp8 for t in component.tensors), sum(1 for _ in component.tensors)
+        label, class_name = component.source.label, component.source.class_name
+        table.append((label, class_name, fp8, all_of_it - fp8, byte_count(before), byte_count(after)))
+    return html_table(caption, ("component", "class", "FP8", "kept", "before", "after"), table, plan.notes)
 
 
 def make_plan(snapshot: Snapshot, recipe: Recipe) -> Plan:
@@ -230,12 +261,12 @@ def _left_out_notes(left_out: Iterable[LeftOut]) -> list[str]:
         for item in shown:
             path = "".join(c if c.isprintable() else "?" for c in item.path)
             if item.files == 1:
-                notes.append(f"{path} ({bytes_text(item.bytes)}) is left out: {reason}")
+                notes.append(f"{path} ({byte_count(item.bytes)}) is left out: {reason}")
             else:
                 place = f"beside {MODEL_INDEX}" if path == "./" else f"in {path}"
-                notes.append(f"{item.files} files {place} ({bytes_text(item.bytes)}) are left out: {reason}")
+                notes.append(f"{item.files} files {place} ({byte_count(item.bytes)}) are left out: {reason}")
         if rest:
-            count, size = sum(item.files for item in rest), bytes_text(sum(item.bytes for item in rest))
+            count, size = sum(item.files for item in rest), byte_count(sum(item.bytes for item in rest))
             notes.append(f"{count} files in {len(rest)} other places ({size}) are left out: {reason}")
     return notes
 

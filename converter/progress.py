@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Protocol, TextIO
 
 from tqdm import tqdm
@@ -23,21 +25,26 @@ class Progress(Protocol):
 
 
 class Silent:
-    """Tells nothing: the library's default."""
+    """Tells nothing, neither progress nor notes: the library's default, and what `--quiet` asks for."""
+
+    def __init__(self, on_finishing: Callable[[], None] = lambda: None) -> None:
+        self._on_finishing = on_finishing
 
     def start(self, total: int) -> None: ...
     def advance(self, count: int) -> None: ...
     def say(self, line: str) -> None: ...
-    def finishing(self) -> None: ...
     def close(self) -> None: ...
 
+    def finishing(self) -> None:
+        self._on_finishing()
 
-class Bar:
+
+class Bar(Silent):
     """A tqdm bar with bytes, rate and time left."""
 
     def __init__(self, out: TextIO, on_finishing: Callable[[], None] = lambda: None) -> None:
+        super().__init__(on_finishing)
         self._out = out
-        self.finishing = on_finishing
         self._bar: tqdm[None] | None = None
 
     def start(self, total: int) -> None:
@@ -55,12 +62,12 @@ class Bar:
             self._bar.close()
 
 
-class Lines:
+class Lines(Silent):
     """A line at most every ten seconds, for logs."""
 
     def __init__(self, out: TextIO, on_finishing: Callable[[], None] = lambda: None) -> None:
+        super().__init__(on_finishing)
         self._out = out
-        self.finishing = on_finishing
         self._total = self._done = 0
         self._started = self._last = time.monotonic()
 
@@ -80,10 +87,47 @@ class Lines:
     def say(self, line: str) -> None:
         print(line, file=self._out, flush=True)
 
-    def close(self) -> None: ...
 
+def for_terminal(
+    out: TextIO | None = None, *, quiet: bool = False, on_finishing: Callable[[], None] = lambda: None
+) -> Progress:
+    """A bar if `out` (stderr by default) is a terminal, else plain lines; quiet: nothing. Errors are not told here.
 
-def for_terminal(out: TextIO | None = None, *, on_finishing: Callable[[], None] = lambda: None) -> Progress:
-    """A bar if `out` (stderr by default) is a terminal, else plain lines. on_finishing: see `Progress.finishing`."""
+    on_finishing: called when it is too late to stop, as `Progress.finishing`.
+    """
     out = out or sys.stderr
+    if quiet:
+        return Silent(on_finishing)
     return Bar(out, on_finishing) if out.isatty() else Lines(out, on_finishing)
+
+
+@contextlib.contextmanager
+def bars_of_libraries(out: TextIO | None = None, *, quiet: bool = False) -> Iterator[None]:
+    """Let the libraries draw their progress bars only if `out` (stderr by default) is a terminal, and not if quiet.
+
+    It imports them: to be used where they are needed anyway.
+    """
+    if (out or sys.stderr).isatty() and not quiet:
+        yield
+        return
+    from diffusers.utils import logging as diffusers_logging
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    switches: list[tuple[bool, Callable[[], object], Callable[[], object]]] = [
+        (log.is_progress_bar_enabled(), log.disable_progress_bar, log.enable_progress_bar)
+        for log in (diffusers_logging, transformers_logging)
+    ]
+    # Last, since transformers switches the Hub's bars with its own.
+    switches.append((not are_progress_bars_disabled(), disable_progress_bars, enable_progress_bars))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # HF_HUB_DISABLE_PROGRESS_BARS may have decided already
+        for _, disable, _ in switches:
+            disable()
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for was_on, disable, enable in switches:
+                (enable if was_on else disable)()

@@ -15,7 +15,9 @@ from typing import Protocol
 
 import torch
 
+from .descriptor import drop_cached, read_at
 from .errors import ResumableError
+from .untrusted import open_regular
 
 
 class Hasher(Protocol):
@@ -136,9 +138,9 @@ class SpanReader:
         data = buffer[: stop - start]
         view = memoryview(data.numpy().data)
         read_exactly(self._fd, view, start, self._where)
-        if self._drop_behind and hasattr(os, "posix_fadvise"):
+        if self._drop_behind:
             # From the file's start: pages come in large folios, and one that reached into this span was not dropped.
-            os.posix_fadvise(self._fd, 0, stop, os.POSIX_FADV_DONTNEED)
+            drop_cached(self._fd, 0, stop)
         return data
 
     def _hash(self, read: Future[torch.Tensor], hasher: Hasher) -> torch.Tensor:
@@ -152,7 +154,7 @@ def read_exactly(fd: int, view: memoryview, offset: int, where: str) -> None:
     done = 0
     while done < len(view):
         try:
-            count = os.preadv(fd, [view[done:]], offset + done)
+            count = read_at(fd, view[done:], offset + done)
         except OSError as error:
             raise ResumableError(f"{where} cannot be read ({error.strerror}); check the disk and run again.") from error
         if count == 0:
@@ -161,11 +163,8 @@ def read_exactly(fd: int, view: memoryview, offset: int, where: str) -> None:
 
 
 def open_for_reading(path: os.PathLike[str], where: str) -> int:
-    """A file descriptor for front-to-back reading. Raises ResumableError."""
-    try:
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-    except OSError as error:
-        raise ResumableError(f"{where} cannot be opened ({error.strerror}); check the path and permissions.") from error
+    """A descriptor of a regular file for front-to-back reading. Raises ConvertError."""
+    fd = open_regular(path, where)
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
     return fd

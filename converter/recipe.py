@@ -13,6 +13,7 @@ from typing import Any
 from .errors import ConvertError
 from .layout import Block
 from .manifest import Manifest
+from .notebook import Brief
 from .untrusted import check_text
 
 ACTIVATION_SCHEMES = ("dynamic", "static")
@@ -24,8 +25,8 @@ def tool_version() -> str:
     return version("fp8-convert")
 
 
-@dataclass(frozen=True)
-class Recipe:
+@dataclass(frozen=True, repr=False)
+class Recipe(Brief):
     """One conversion's settings.
 
     ignored_layers: patterns beside the manifest's. components: restricts the conversion to these folders; () is

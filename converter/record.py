@@ -19,7 +19,7 @@ from . import layout
 from .errors import ConvertError
 from .plan import ComponentPlan, Plan, Row, rows
 from .recipe import tool_version
-from .target import MAX_RECORD_BYTES, Done
+from .target import Done
 from .untrusted import parse_json, read_whole
 
 SEAL = "record_sha256"
@@ -126,7 +126,7 @@ def check_record(root: Path) -> str | None:
 
 
 def _read(path: Path) -> bytes:
-    return read_whole(path, str(path), MAX_RECORD_BYTES)
+    return read_whole(path, str(path), layout.MAX_RECORD_BYTES)
 
 
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:

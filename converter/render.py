@@ -13,7 +13,7 @@ from .manifest import Manifest
 from .manifest_check import ManifestCheck
 from .matching import Match
 from .plan import Plan, rows
-from .units import bytes_text
+from .quantities import byte_count, change, parameter_count, plural
 from .verification import Verification
 
 _WORTH_SAYING = 0.05  # of the bytes: what --compact must save to be mentioned
@@ -29,42 +29,43 @@ def render_plan(plan: Plan, width: int | None = None) -> str:
 
     width: columns to fit into; None for one line per row. The same holds for the other tables.
     """
-    lines = [_headline(plan)]
+    lines = [plan.title]
     for component in plan.components:
         before, after = component.weight_bytes
-        lines += ["", f"{component.source.label} ({component.source.class_name}): {_change(before, after)}"]
+        lines += ["", f"{component.source.label} ({component.source.class_name}): {change(before, after)}"]
         table = [["decision", "kind", "tensors", "params", "before", "after", "rule", "why"]]
         for row in rows(component):
             decision = f"fp8 {row.mode} {row.scheme}" if row.mode else "kept"
-            numbers = [str(row.count), _count(row.params), bytes_text(row.bytes_before), bytes_text(row.bytes_after)]
+            sizes = [byte_count(size) for size in (row.bytes_before, row.bytes_after)]
+            numbers = [str(row.count), parameter_count(row.params), *sizes]
             table.append([decision, row.kind or "-", *numbers, row.rule, row.why])
         lines += _table(table, right=(2, 3, 4, 5), width=width, words=2)
     lines += [f"note: {note}" for note in plan.notes]
-    before = plan.bytes_to_read
-    after = sum(s.size for s in plan.shards)
-    lines += ["", f"total: {_change(before, after)} in {_plural(len(plan.shards), 'file')}"]
+    lines += ["", f"total: {plan.sizes} in {plural(len(plan.weight_files), 'file')}"]
+    before, after = plan.bytes_to_read, sum(s.size for s in plan.shards)
     if plan.compact_saves > _WORTH_SAYING * after:
         lines.append(
-            f"--compact would store the ignored DiT layers in FP8 too: {_change(before, after - plan.compact_saves)}"
+            f"--compact would store the ignored DiT layers in FP8 too: {change(before, after - plan.compact_saves)}"
         )
     if plan.bytes_read_twice:
-        lines.append(f"{bytes_text(plan.bytes_read_twice)} are read twice: their fusion groups are measured first")
+        lines.append(f"{byte_count(plan.bytes_read_twice)} are read twice: their fusion groups are measured first")
     return _text(lines)
 
 
 def render_inspection(inspection: Inspection, width: int | None = None) -> str:
-    """A table per component: FP8, scales and what is kept, by module kind."""
-    lines = [f"{inspection.path}: {inspection.converted_by or 'not converted by fp8-convert'}"]
+    """A table per component: FP8, scales and what is kept, by module kind; then what is wrong with it."""
+    lines = [inspection.title]
     if inspection.source:
         lines.append(f"source: {inspection.source}")
     for component in inspection.components:
-        method = f", quant_method {component.quant_method}" if component.quant_method else ""
+        method = component.quant_method and f"quant_method {component.quant_method}"
+        about = ", ".join(filter(None, (component.class_name, method)))
         name = component.name or "component"
-        lines += ["", f"{name} ({component.class_name}{method}): {bytes_text(component.bytes)}"]
+        lines += ["", f"{name}{f' ({about})' if about else ''}: {byte_count(component.bytes)}"]
         table = [["what", "kind", "dtype", "tensors", "params", "bytes", "why"]]
         for group in component.groups:
             what = " ".join(filter(None, (group.what, group.mode, group.scheme)))
-            numbers = [str(group.tensors), _count(group.params), bytes_text(group.bytes)]
+            numbers = [str(group.tensors), parameter_count(group.params), byte_count(group.bytes)]
             table.append([what, group.kind or "-", group.dtype, *numbers, group.why])
         lines += _table(table, right=(3, 4, 5), width=width, words=1)
         lines += [f"PROBLEM: {problem}" for problem in component.problems]
@@ -73,25 +74,22 @@ def render_inspection(inspection: Inspection, width: int | None = None) -> str:
 
 def render_result(result: Result) -> str:
     """The summary of a finished conversion, one line."""
-    change = _change(result.bytes_before, result.bytes_after)
+    sizes = change(result.bytes_before, result.bytes_after)
     if result.already_done:
-        return f"already done: {result.output}, {change}, snapshot {result.snapshot_sha256[:12]}"
+        return f"already done: {result.output}, {sizes}, snapshot {result.snapshot_sha256[:12]}"
     details = [f"{result.gigabytes_per_second:.2f} GB/s"]
     if result.peak_rss is not None:
         details.append(f"peak RSS {result.peak_rss / 2**20:.0f} MiB")
     if result.resumed_shards:
-        details.append(f"{_plural(result.resumed_shards, 'shard')} resumed")
-    return f"wrote {result.output}: {change} in {result.seconds:.1f} s ({', '.join(details)})"
+        details.append(f"{plural(result.resumed_shards, 'shard')} resumed")
+    return f"wrote {result.output}: {sizes} in {result.seconds:.1f} s ({', '.join(details)})"
 
 
 def render_verification(verification: Verification) -> str:
     """The findings, one a line, and a verdict."""
     lines = [f"{f.path}: {f.problem}" for f in verification.findings]
     lines += [f"note: {note}" for note in verification.notes]
-    against = f", compared with {verification.compared_with}" if verification.compared_with else ""
-    checked = f"{verification.files} files, {verification.tensors} tensors{against}"
-    verdict = "ok" if verification.ok else _plural(len(verification.findings), "finding")
-    return _text([*lines, f"{verification.path}: {verdict} ({checked})"])
+    return _text([*lines, verification.verdict])
 
 
 def render_manifests(manifests: Sequence[Manifest], width: int | None = None) -> str:
@@ -121,7 +119,7 @@ def render_manifest_check(check: ManifestCheck, width: int | None = None) -> str
     lines += [f"no table names {name}: it is kept" for name in check.unnamed]
     lines += [f"PROBLEM: {m.place}: {m.problem}" for m in check.matches if m.problem]
     wrong = sum(1 for m in check.matches if m.problem)
-    lines.append("ok" if check.ok else _plural(wrong + len(check.unchecked), "problem"))
+    lines.append("ok" if check.ok else plural(wrong + len(check.unchecked), "problem"))
     return _text(lines)
 
 
@@ -134,12 +132,6 @@ def _mark(match: Match) -> str:
 def _text(lines: Iterable[str]) -> str:
     """The lines, whatever stands in names: control characters would reach the terminal, half surrogates would fail."""
     return "\n".join("".join(c if c.isprintable() else " " for c in line) for line in lines)
-
-
-def _headline(plan: Plan) -> str:
-    commit = f" @ {plan.snapshot.commit[:12]}" if plan.snapshot.commit else ""
-    pipeline = f" ({plan.snapshot.pipeline})" if plan.snapshot.pipeline else ""
-    return f"{plan.snapshot.label}{commit}{pipeline}, manifest {plan.recipe.manifest.name}"
 
 
 def _table(table: list[list[str]], right: tuple[int, ...], *, width: int | None, words: int) -> list[str]:
@@ -165,16 +157,3 @@ def _table(table: list[list[str]], right: tuple[int, ...], *, width: int | None,
                 break_on_hyphens=False,
             )
     return lines
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def _change(before: int, after: int) -> str:
-    share = f" ({100 * after / before:.1f}%)" if before else ""
-    return f"{bytes_text(before)} -> {bytes_text(after)}{share}"
-
-
-def _count(params: int) -> str:
-    return f"{params / 1e6:.1f}M" if params >= 1e5 else str(params)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from .decide import PlannedTensor
 from .header import TensorInfo
 from .layout import INPUT_SCALE, scale_key, scale_shape
+from .notebook import Brief
 
 SLOT_BYTES = 8 * 1024 * 1024
 POOL_BYTES = 192 * 1024 * 1024
@@ -35,8 +36,8 @@ class Segment:
     stop: int
 
 
-@dataclass(frozen=True)
-class Slot:
+@dataclass(frozen=True, repr=False)
+class Slot(Brief):
     """Bytes [start, stop) of the data section and the segments of tensors in them."""
 
     start: int
@@ -44,8 +45,8 @@ class Slot:
     segments: tuple[Segment, ...]
 
 
-@dataclass(frozen=True)
-class Schedule:
+@dataclass(frozen=True, repr=False)
+class Schedule(Brief):
     """The reading and writing order of one shard. `outputs` have their offsets in the output's data section."""
 
     outputs: tuple[TensorInfo, ...]

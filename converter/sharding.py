@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 
 from . import layout
 from .header import TensorInfo, encode_header
+from .notebook import Brief
 
 _SCALES = (layout.WEIGHT_SCALE, layout.WEIGHT_SCALE_INV, layout.INPUT_SCALE)
 
 
-@dataclass(frozen=True)
-class OutputFile:
+@dataclass(frozen=True, repr=False)
+class OutputFile(Brief):
     """One output file: its header and the tensors whose bytes follow it, with their offsets in the shard's output."""
 
     path: str

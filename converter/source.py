@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from .errors import ConvertError, ResumableError
 from .header import Header, TensorInfo, read_header
 from .layout import RECORD_FILE
+from .notebook import Brief
 from .untrusted import check_regular, open_regular, parse_json, read_whole
 
 MODEL_INDEX = "model_index.json"
@@ -92,8 +93,8 @@ class Files(Protocol):
         """The digest that the file must have, where the source states one."""
 
 
-@dataclass(frozen=True)
-class Shard:
+@dataclass(frozen=True, repr=False)
+class Shard(Brief):
     """One safetensors file of a component."""
 
     path: str
@@ -104,8 +105,8 @@ class Shard:
     stat: tuple[int, ...] | None = None  # of the local file before its header was read: `file_stat`
 
 
-@dataclass(frozen=True)
-class Component:
+@dataclass(frozen=True, repr=False)
+class Component(Brief):
     """A component with weights. A component that is its own snapshot has the name ""."""
 
     name: str
@@ -129,8 +130,8 @@ class Component:
         return (tensor for shard in self.shards for tensor in shard.header.tensors)
 
 
-@dataclass(frozen=True)
-class LeftOut:
+@dataclass(frozen=True, repr=False)
+class LeftOut(Brief):
     """Files of a source that are not carried over: one file, or those of a folder (a path that ends in "/")."""
 
     path: str
@@ -139,8 +140,8 @@ class LeftOut:
     reason: str
 
 
-@dataclass(frozen=True)
-class Snapshot:
+@dataclass(frozen=True, repr=False)
+class Snapshot(Brief):
     """A described snapshot. `sidecars` are the files to carry over as they are, weights and indices excluded.
 
     remarks: sentences on what is unusual in it, for the user.

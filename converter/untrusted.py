@@ -13,6 +13,7 @@ import stat
 from collections.abc import Callable
 from typing import Any
 
+from .descriptor import open_descriptor
 from .errors import ConvertError, ResumableError
 
 MAX_JSON_VALUES = 2_000_000  # some 500 MB once parsed, at worst; the largest real index has a tenth of it
@@ -29,12 +30,11 @@ _KINDS = {
 
 def open_regular(path: os.PathLike[str], where: str) -> int:
     """A descriptor for reading a regular file, never waited for. Raises ConvertError for anything else than a file."""
-    flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
-        fd = os.open(path, flags)
+        fd = open_descriptor(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except OSError as error:
         check_regular(path, where)  # a socket cannot be opened at all
-        raise ResumableError(f"{where} cannot be read ({error.strerror}); check the path and permissions.") from error
+        raise ResumableError(f"{where} cannot be opened ({error.strerror}); check the path and permissions.") from error
     try:
         _check_mode(os.fstat(fd).st_mode, where)
     except BaseException:

@@ -24,18 +24,20 @@ from .finding import Finding
 from .header import Header, TensorInfo, read_header
 from .locate import SourceOptions
 from .modules import module_map
+from .notebook import html_table, one_line
 from .progress import Progress, Silent
+from .quantities import plural
 from .recipe import ACTIVATION_SCHEMES
 from .record import check_record, read_record
 from .source import CONFIG, Component, LocalFiles, Shard, describe, require_folder
-from .target import MAX_RECORD_BYTES, STAGING
+from .target import STAGING
 from .untrusted import parse_json, read_whole
 from .writing import file_sha256
 
 _SCALE_BYTES_AT_ONCE = 1 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verification:
     """What was checked, and what is wrong with it. `notes` tell what could not be checked."""
 
@@ -45,6 +47,19 @@ class Verification:
     compared_with: str | None
     findings: tuple[Finding, ...]
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return one_line(self, self.verdict)
+
+    def _repr_html_(self) -> str:
+        return html_table(self.verdict, ("file", "finding"), [(f.path, f.problem) for f in self.findings])
+
+    @property
+    def verdict(self) -> str:
+        """Whether all is well, and what was looked at, in one line."""
+        against = f", compared with {self.compared_with}" if self.compared_with else ""
+        verdict = "ok" if self.ok else plural(len(self.findings), "finding")
+        return f"{self.path}: {verdict} ({self.files} files, {self.tensors} tensors{against})"
 
     @property
     def ok(self) -> bool:
@@ -151,7 +166,7 @@ def _unreadable(file: Path) -> str | None:
         if file.suffix == ".safetensors":
             read_header(file, "it")
         elif file.suffix == ".json":
-            parse_json(read_whole(file, "it", MAX_RECORD_BYTES))
+            parse_json(read_whole(file, "it", layout.MAX_RECORD_BYTES))
     except ConvertError as error:
         return str(error)
     except ValueError as error:

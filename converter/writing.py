@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import mmap
 import os
@@ -18,24 +17,23 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
+from .descriptor import SECTOR, allocate, drop_cached, open_descriptor, read_at, set_direct, write_at
 from .errors import ResumableError
 
 STAGING_BYTES = 8 * 1024 * 1024
 CHECK_BYTES = 128 * 1024 * 1024
 _READ_BYTES = 4 * 1024 * 1024
-_SECTOR = 4096
-_O_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 class FileWriter:
-    """Appends to PATH.tmp; `commit` makes it PATH. A context manager: without a commit nothing stays.
+    """Appends to a temporary file beside PATH; `commit` makes it PATH. A context manager: without one nothing stays.
 
     Raises ResumableError where the disk is full or fails.
     """
 
     def __init__(self, path: Path, size: int, label: str) -> None:
         self.path, self.size, self.label = path, size, label
-        self._temporary = path.with_name(path.name + ".tmp")
+        self._temporary = path.with_name(_temporary_name(path.name))
         self._hash = hashlib.sha256()
         self._position = 0  # of the next piece in the file
         self._fill = 0
@@ -48,12 +46,13 @@ class FileWriter:
         self._fd = self._check_fd = -1
         with self._translated():
             path.parent.mkdir(parents=True, exist_ok=True)
-            close_on_exec = getattr(os, "O_CLOEXEC", 0)
-            self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | close_on_exec, 0o666)
+            self._fd = open_descriptor(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         try:
             with self._translated():
-                self._check_fd = os.open(self._temporary, os.O_RDONLY | close_on_exec)  # with its own O_DIRECT flag
-                self._allocate()
+                self._check_fd = open_descriptor(self._temporary, os.O_RDONLY)  # with its own O_DIRECT flag
+                if self.size:
+                    allocate(self._fd, self.size)
+                    set_direct(self._fd, True)
             self._read_back = _ReadBack(self._check_fd)
         except BaseException:
             self.__exit__(None, None, None)
@@ -67,10 +66,7 @@ class FileWriter:
     ) -> None:
         for executor in (self._executor, self._hasher, self._checker):
             executor.shutdown(wait=True, cancel_futures=True)
-        for fd in (self._fd, self._check_fd):
-            if fd >= 0:
-                os.close(fd)
-        self._fd = self._check_fd = -1
+        self._close()
         self._temporary.unlink(missing_ok=True)
         for staging in self._staging:
             with contextlib.suppress(BufferError):  # an exception's traceback may still hold a view
@@ -100,21 +96,16 @@ class FileWriter:
             self._check(self.size)
             if self._read_back.digest.hexdigest() != digest:
                 raise ResumableError(f"{self.label} reads back other bytes than were written; check the disk.")
+            self._close()  # Windows renames no open file
             os.replace(self._temporary, self.path)
             sync_folder(self.path.parent)
         return digest
 
-    def _allocate(self) -> None:
-        if not self.size:
-            return
-        try:
-            os.posix_fallocate(self._fd, 0, self.size)
-        except (OSError, AttributeError) as error:  # not on every file system, and not on macOS
-            refused = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
-            if isinstance(error, OSError) and error.errno not in refused:
-                raise
-            os.ftruncate(self._fd, self.size)
-        _set_direct(self._fd, True)
+    def _close(self) -> None:
+        fds, self._fd, self._check_fd = (self._fd, self._check_fd), -1, -1
+        for fd in fds:
+            if fd >= 0:
+                os.close(fd)
 
     def _flush(self) -> None:
         """Hand the filled staging buffer to the writing thread, after the one before it was written."""
@@ -142,14 +133,14 @@ class FileWriter:
                 hashed.result()
 
     def _write_out(self, data: memoryview, position: int) -> None:
-        if len(data) % _SECTOR:
-            _set_direct(self._fd, False)  # the last piece: direct writes come in whole sectors
+        if len(data) % SECTOR:
+            set_direct(self._fd, False)  # the last piece: direct writes come in whole sectors
         done = 0
         while done < len(data):
             try:
-                done += os.pwrite(self._fd, data[done:], position + done)
+                done += write_at(self._fd, data[done:], position + done)
             except OSError as error:
-                if error.errno != errno.EINVAL or not _set_direct(self._fd, False):
+                if error.errno != errno.EINVAL or not set_direct(self._fd, False):
                     raise
 
     def _check(self, stop: int) -> None:
@@ -180,12 +171,12 @@ class _ReadBack:
         self.digest = hashlib.sha256()
         self._fd = fd
         self._position = 0
-        _set_direct(fd, True)
+        set_direct(fd, True)
 
     def read_to(self, stop: int) -> None:
         """Go on to byte `stop`: a multiple of a sector, or the file's size. Stops early at the file's end."""
         start = self._position
-        _drop(self._fd, start, stop)
+        drop_cached(self._fd, start, stop)
         reading, hashing = (memoryview(mmap.mmap(-1, _READ_BYTES)) for _ in range(2))  # aligned, for direct reads
         hashed: Future[None] | None = None
         with ThreadPoolExecutor(1, "fp8-hash") as hasher:
@@ -195,15 +186,15 @@ class _ReadBack:
                 hashed = hasher.submit(self.digest.update, reading[:count])
                 reading, hashing = hashing, reading
                 self._position += count
-        _drop(self._fd, start, stop)
+        drop_cached(self._fd, start, stop)
 
     def _read(self, view: memoryview, stop: int) -> int:
-        wanted = -(-(stop - self._position) // _SECTOR) * _SECTOR  # direct reads come in whole sectors
+        wanted = -(-(stop - self._position) // SECTOR) * SECTOR  # direct reads come in whole sectors
         while True:
             try:
-                return os.preadv(self._fd, [view[:wanted]], self._position)
+                return read_at(self._fd, view[:wanted], self._position)
             except OSError as error:
-                if error.errno != errno.EINVAL or not _set_direct(self._fd, False):
+                if error.errno != errno.EINVAL or not set_direct(self._fd, False):
                     raise
 
 
@@ -214,45 +205,38 @@ def file_sha256(fd: int) -> str:
     return whole.digest.hexdigest()
 
 
+def write_pieces(path: Path, size: int, pieces: Iterable[bytes | memoryview], label: str) -> str:
+    """Write a file of `size` bytes that come in pieces, in bounded memory; returns its sha256.
+
+    Raises ResumableError where the pieces are more or fewer bytes, and where the disk fails.
+    """
+    with FileWriter(path, size, label) as writer:
+        left = size
+        for piece in pieces:
+            left -= len(piece)
+            if left < 0:
+                raise ResumableError(f"{label} became longer than its {size} bytes while it was read; run again.")
+            writer.append(memoryview(piece))
+        if left:
+            raise ResumableError(f"{label} gave {size - left} bytes instead of {size}; check its source and run again.")
+        return writer.commit()
+
+
 def write_small(path: Path, data: bytes, label: str) -> str:
     """Write a small file with the same care as a shard; returns its sha256."""
     return write_pieces(path, len(data), [data], label)
 
 
-def write_pieces(path: Path, size: int, pieces: Iterable[bytes], label: str) -> str:
-    """Write a file of `size` bytes that come in pieces, as `write_small` does."""
-    with FileWriter(path, size, label) as writer:
-        for piece in pieces:
-            writer.append(memoryview(piece))
-        return writer.commit()
-
-
 def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut, where the file system allows it."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
+    """Make renames in a folder survive a power cut, where the system can."""
+    with contextlib.suppress(OSError):  # Windows opens no folders, some file systems sync none
+        fd = open_descriptor(folder, os.O_RDONLY)
+        try:
             os.fsync(fd)
-    finally:
-        os.close(fd)
+        finally:
+            os.close(fd)
 
 
-def _drop(fd: int, start: int, stop: int) -> None:
-    """Drop what the page cache holds of the bytes [start, stop)."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, start, stop - start, os.POSIX_FADV_DONTNEED)
-
-
-def _set_direct(fd: int, on: bool) -> bool:
-    """Switch O_DIRECT; returns whether the flag changed."""
-    if not _O_DIRECT:
-        return False
-    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-    wanted = flags | _O_DIRECT if on else flags & ~_O_DIRECT
-    if wanted == flags:
-        return False
-    try:
-        fcntl.fcntl(fd, fcntl.F_SETFL, wanted)
-    except OSError:
-        return False
-    return True
+def _temporary_name(name: str) -> str:
+    """Short, since a name may be as long as the file system allows, and another file's for no other name."""
+    return f".{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}.tmp"

@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 from ..converter import layout
+from ..converter.notebook import Brief
 from .checkpoint import Fp8Modules
 from .linear import W8A8LinearMixin
 from .weights import Fp8Weight
 
 
-@dataclass(frozen=True)
-class ComponentReport:
+@dataclass(frozen=True, repr=False)
+class ComponentReport(Brief):
     """One component. Counts are of FP8 modules by mode; bytes are of parameters and buffers.
 
     `missing` are promised modules that are not FP8, `extra` FP8 ones that nobody promised. `backends` counts
@@ -49,8 +50,8 @@ class ComponentReport:
         return {"ok": self.ok, **vars(self), **counts, "missing": [*self.missing], "extra": [*self.extra]}
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Brief):
     """A pipeline's components. Printing it is what belongs into a bug report."""
 
     pipeline: str

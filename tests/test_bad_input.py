@@ -729,11 +729,20 @@ def test_variant_that_no_component_has(source: Path, output: Path) -> None:
     refused(source, "-o", output, "--variant", "fp61", names="'fp61'", next_step="correct or drop --variant")
 
 
-@pytest.mark.parametrize("command", ["inspect", "verify"])
-def test_commands_for_a_folder(command: str, tmp_path: Path) -> None:
+def test_verify_is_for_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path, problem in ((tmp_path / "none", "does not exist"), (tmp_path / "file", "is a file")):
-        refused(command, path, names=f"{path} {problem}", next_step="give the folder")
+        refused("verify", path, names=f"{path} {problem}", next_step="give the folder")
+
+
+def test_inspect_is_for_a_folder_a_file_or_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    refused("inspect", tmp_path / "file", names="is no .safetensors file", next_step="or the folder of a snapshot")
+    refused("inspect", tmp_path / "none", names="none does not exist", next_step="check the path, or give a Hub id")
+    monkeypatch.chdir(tmp_path)
+    refused("inspect", "x.safetensors", names="x.safetensors cannot be opened", next_step="check the path")
+    os.mkfifo("fifo.safetensors")
+    refused("inspect", "fifo.safetensors", names="is a FIFO instead of a file", next_step="replace it by the file")
 
 
 def test_verify_of_an_unfinished_and_of_an_original_snapshot(source: Path) -> None:

@@ -265,7 +265,7 @@ def test_inspect_tells_of_a_missing_scale(converted: Path, tmp_path: Path) -> No
     del tensors["layers.0.attention.to_q.weight_scale"]
     save_file(tensors, broken / DIT)
     text = run("inspect", broken, code=1).stdout
-    assert "PROBLEM: layers.0.attention.to_q.weight has no scale" in text
+    assert "PROBLEM: 1 FP8 weight has no scale: layers.0.attention.to_q.weight\n" in text
 
 
 @pytest.mark.parametrize("width", [100, 200])

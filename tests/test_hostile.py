@@ -127,6 +127,13 @@ def is_clean(text: str) -> bool:
     return all(line.isprintable() for line in text.split("\n"))
 
 
+def shows_itself(result: Any) -> None:
+    """At a Python prompt and in a notebook, short and without markup or control characters of the input's."""
+    assert len(repr(result)) < 200
+    assert is_clean(repr(result) + result._repr_html_())
+    assert len(result._repr_html_()) < 100_000
+
+
 def looked_at(folder: Path, source: Path | None = None) -> None:
     """Show a converted snapshot in every way."""
 
@@ -134,11 +141,13 @@ def looked_at(folder: Path, source: Path | None = None) -> None:
         inspection = inspect(folder)
         json.dumps(inspection.to_json())
         assert is_clean(render_inspection(inspection))
+        shows_itself(inspection)
 
     def verified() -> None:
         verification = verify(folder, source=source)
         json.dumps(verification.to_json())
         assert is_clean(render_verification(verification))
+        shows_itself(verification)
         assert all(len(f.path) + len(f.problem) < 2000 for f in verification.findings)
 
     works_or_says(inspected)

@@ -121,6 +121,18 @@ def test_a_missing_file(tmp_path: Path) -> None:
         open_for_reading(tmp_path / "missing", "x")
 
 
+@pytest.mark.parametrize("kind", ["folder", "fifo", "device"])
+def test_what_is_no_regular_file(tmp_path: Path, kind: str) -> None:
+    paths = {"folder": tmp_path, "fifo": tmp_path / "fifo", "device": Path("/dev/zero")}
+    os.mkfifo(paths["fifo"])
+    open_before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(
+        ConvertError, match=rf"x is a {'FIFO' if kind == 'fifo' else kind} instead of a file; replace it"
+    ):
+        open_for_reading(paths[kind], "x")
+    assert len(os.listdir("/proc/self/fd")) == open_before
+
+
 def test_a_pool_reuses_its_buffers() -> None:
     pool = pool_of(2)
     a, b = pool.take(), pool.take()

@@ -1,5 +1,6 @@
 """Output files: whole or absent, hashed, of the umask's mode, and clear about a disk that is full."""
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -9,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fp8_convert.converter import writing
+from fp8_convert.converter import descriptor, writing
 from fp8_convert.converter.errors import ResumableError
-from fp8_convert.converter.writing import FileWriter, file_sha256, write_small
+from fp8_convert.converter.writing import FileWriter, file_sha256, write_pieces, write_small
 
 S = writing.STAGING_BYTES
 REAL_SHA256 = hashlib.sha256
@@ -46,6 +47,65 @@ def test_appended_bytes_are_copied(tmp_path: Path) -> None:
         writer.append(memoryview(data))
         writer.commit()
     assert (tmp_path / "x").read_bytes() == b"abcdef"
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "é" * 127, "😀" * 63])
+def test_names_as_long_as_the_file_system_allows(tmp_path: Path, name: str) -> None:
+    write_small(tmp_path / name, b"1", "x")
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_files_of_one_folder_are_written_at_the_same_time(tmp_path: Path) -> None:
+    """Even where one has the other's name with what a temporary file's might end in."""
+    names = ["x", "x.tmp", ".x.tmp", "x" * 250 + "a", "x" * 250 + "b"]
+    with contextlib.ExitStack() as stack:
+        writers = [stack.enter_context(FileWriter(tmp_path / name, len(name), name)) for name in names]
+        for name, writer in zip(names, writers, strict=True):
+            writer.append(memoryview(name.encode()))
+        for writer in writers:
+            writer.commit()
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {name: name for name in names}
+
+
+def test_a_file_is_closed_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows renames no file that is open."""
+    real = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        opened = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if int(fd) > 2 and alive(fd)]
+        assert str(source) not in opened
+        real(source, target)
+
+    def alive(fd: str) -> bool:
+        return os.path.lexists(f"/proc/self/fd/{fd}")
+
+    monkeypatch.setattr(os, "replace", replace)
+    write_small(tmp_path / "x", b"1", "x")
+    assert (tmp_path / "x").read_bytes() == b"1"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_pieces_of_any_size(tmp_path: Path, size: int) -> None:
+    data = content(size)
+    pieces = (data[i : i + 1_000_003] for i in range(0, size, 1_000_003))
+    assert write_pieces(tmp_path / "x", size, pieces, "x") == hashlib.sha256(data).hexdigest()
+    assert (tmp_path / "x").read_bytes() == data
+
+
+@pytest.mark.parametrize(
+    ("pieces", "says"),
+    [
+        ([], "gave 0 bytes instead of 5"),
+        ([b"12", b"34"], "gave 4 bytes instead of 5"),
+        ([b"123", b"456", b"789"], "became longer than its 5 bytes while it was read"),
+    ],
+)
+def test_pieces_of_another_length(tmp_path: Path, pieces: list[bytes], says: str) -> None:
+    taken = iter(pieces)
+    with pytest.raises(ResumableError, match=rf"LICENSE {says}; .*run again\."):
+        write_pieces(tmp_path / "x", 5, taken, "LICENSE")
+    assert list(tmp_path.iterdir()) == []
+    assert list(taken) == pieces[2:]  # nothing is taken beyond what is too much
 
 
 def test_folders_are_created_and_files_replaced(tmp_path: Path) -> None:
@@ -146,7 +206,7 @@ def test_bytes_that_read_back_differently(tmp_path: Path, monkeypatch: pytest.Mo
         bad[len(bad) // 2] ^= 1
         return real(fd, bytes(bad), offset)
 
-    monkeypatch.setattr(writing, "_O_DIRECT", 0)  # direct writes need aligned memory, which a copy has not
+    monkeypatch.setattr(descriptor, "_O_DIRECT", 0)  # direct writes need aligned memory, which a copy has not
     monkeypatch.setattr(os, "pwrite", flipping)
     with pytest.raises(ResumableError, match="reads back other bytes than were written"):
         write(tmp_path / "x", content(5000), 5000)
@@ -163,8 +223,8 @@ def test_file_sha256(tmp_path: Path, size: int) -> None:
 class SlowHash:
     """sha256 that falls behind the disk: what it has not yet taken must not be overwritten."""
 
-    def __init__(self) -> None:
-        self._real = REAL_SHA256()
+    def __init__(self, data: bytes = b"") -> None:
+        self._real = REAL_SHA256(data)
 
     def update(self, data: memoryview) -> None:
         time.sleep(0.03)
