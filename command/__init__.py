@@ -17,7 +17,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:  # as it is under nohup and in a script's background
             signal.signal(number, _stop)
-    if sys.argv[1:] == ["--version"]:
+    if sys.argv[1:] in (["--version"], ["-V"]):
         print(f"fp8-convert, version {version('fp8-convert')}")
         return
     from ..converter.cli import main

@@ -13,27 +13,13 @@ from typing import Any, TypeVar
 import click
 from click_default_group import DefaultGroup
 
-from .conversion import convert, plan_conversion
-from .demo import run_demo
 from .errors import ConvertError
-from .inspection import inspect
 from .locate import SourceOptions
-from .manifest import load_manifest, shipped
-from .manifest_check import check_manifest
-from .modules import quiet_libraries
-from .progress import for_terminal
+from .progress import Progress, for_terminal
 from .recipe import ACTIVATION_SCHEMES, tool_version
-from .render import (
-    render_inspection,
-    render_manifest_check,
-    render_manifests,
-    render_plan,
-    render_result,
-    render_verification,
-    terminal_width,
-)
 from .stopping import Stopping
-from .verification import verify
+
+# What a command does is imported in it: PyTorch takes seconds, and help and first words should not.
 
 F = TypeVar("F", bound=Callable[..., Any])
 _COMMANDS = ("convert", "inspect", "verify", "manifests", "demo")
@@ -77,13 +63,17 @@ class Names(click.ParamType):  # type: ignore[type-arg]
 
 
 @click.group(cls=Group, default="convert", context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(tool_version(), prog_name="fp8-convert")
+@click.version_option(tool_version(), "-V", "--version", prog_name="fp8-convert")
 def main() -> None:
     """FP8 checkpoints for diffusion pipelines."""
 
 
 def _json_option(function: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")(function)
+
+
+def _quiet_option(function: F) -> F:
+    return click.option("-q", "--quiet", is_flag=True, help="Tell no progress and no notes; errors stay.")(function)
 
 
 def _hub_options(function: F) -> F:
@@ -144,12 +134,14 @@ def _hub_options(function: F) -> F:
 @click.option("--force", is_flag=True, help="Replace a finished FP8 snapshot.")
 @click.option("--check", is_flag=True, help="If the snapshot is finished already, read it and compare its digests.")
 @_hub_options
+@_quiet_option
 def convert_command(
     source: str,
     output: Path | None,
     dry_run: bool,
     as_json: bool,
     ignored_layers: tuple[list[str], ...],
+    quiet: bool,
     **settings: Any,
 ) -> None:
     """Convert a diffusers snapshot (a folder or a Hub id) to FP8.
@@ -163,28 +155,30 @@ def convert_command(
     settings["ignored_layers"] = [name for names in ignored_layers for name in names]
     if not dry_run and output is None:
         raise click.UsageError("Name the output folder with -o, or pass --dry-run.")
-    with _errors("run the same command again to resume") as stopping:
+    with _errors("run the same command again to resume") as stopping, _progress(stopping, quiet) as progress:
+        from . import convert, plan_conversion
+
         if dry_run:
             for unused in ("device", "workers", "stream", "force", "check"):
                 del settings[unused]
             hub = ("revision", "token", "cache_dir", "local_files_only", "variant")
-            options = SourceOptions(**{name: settings.pop(name) for name in hub})
-            plan = plan_conversion(source, options=options, **settings)
+            options = SourceOptions(**{name: settings.pop(name) for name in hub}, quiet=quiet)
+            plan = plan_conversion(source, options=options, progress=progress, **settings)
+            from .render import render_plan, terminal_width
+
             click.echo(json.dumps(plan.to_json(), indent=2) if as_json else render_plan(plan, terminal_width()))
             return
         assert output is not None
-        with contextlib.closing(for_terminal(on_finishing=stopping.finishing)) as progress:
-            result = convert(source, output, progress=progress, **settings)
+        result = convert(source, output, progress=progress, quiet=quiet, **settings)
+        from .render import render_result
+
+        progress.close()
         click.echo(json.dumps(result.to_json(), indent=2) if as_json else render_result(result))
 
 
 @main.command("inspect")
 @click.argument("source")
-@click.option("--revision", help="Branch, tag or commit of the Hub repository.")
-@click.option("--token", help="Hub token; by default the one you logged in with.")
-@click.option("--cache-dir", type=click.Path(path_type=Path), help="Hub cache to use.")
-@click.option("--local-files-only", is_flag=True, help="Use the Hub cache and make no connection.")
-@click.option("--variant", help="Look at *.VARIANT.safetensors where a component has them, such as fp16.")
+@_hub_options
 @_json_option
 def inspect_command(source: str, as_json: bool, **hub: Any) -> None:
     """Show what is FP8, what is not, and why: a folder, a Hub id (not downloaded) or a .safetensors file.
@@ -198,6 +192,9 @@ def inspect_command(source: str, as_json: bool, **hub: Any) -> None:
       fp8-convert inspect flux1-dev-fp8.safetensors
     """
     with _errors():
+        from . import inspect
+        from .render import render_inspection, terminal_width
+
         inspection = inspect(source, options=SourceOptions(**hub))
         if as_json:
             click.echo(json.dumps(inspection.to_json(), indent=2))
@@ -211,13 +208,12 @@ def inspect_command(source: str, as_json: bool, **hub: Any) -> None:
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--source", help="Folder or Hub id it was converted from: compare codes and scales with it.")
 @click.option("--manifest", metavar="NAME|PATH", help="The manifest it was converted with, if it was your own.")
-@click.option("--revision", help="Branch, tag or commit of the Hub repository.")
-@click.option("--token", help="Hub token; by default the one you logged in with.")
-@click.option("--cache-dir", type=click.Path(path_type=Path), help="Hub cache to use.")
-@click.option("--local-files-only", is_flag=True, help="Use the Hub cache and make no connection.")
-@click.option("--variant", help="The variant it was converted from.")
+@_hub_options
 @_json_option
-def verify_command(path: Path, source: str | None, manifest: str | None, as_json: bool, **hub: Any) -> None:
+@_quiet_option
+def verify_command(
+    path: Path, source: str | None, manifest: str | None, as_json: bool, quiet: bool, **hub: Any
+) -> None:
     """Check every digest, header, scale, index and config; exit code 1 if something is wrong.
 
     \b
@@ -226,11 +222,14 @@ def verify_command(path: Path, source: str | None, manifest: str | None, as_json
       fp8-convert verify qwen-image-fp8 --source Qwen/Qwen-Image
     """
     if source is None and (manifest is not None or any(hub.values())):
-        raise click.UsageError("Name the source with --source; the other options but --json say how to read it.")
-    with _errors():
-        options = SourceOptions(**hub)
-        with contextlib.closing(for_terminal()) as progress:
-            found = verify(path, source=source, manifest=manifest, options=options, progress=progress)
+        raise click.UsageError("Name the source with --source; --manifest and the Hub's options say how to read it.")
+    with _errors() as stopping, _progress(stopping, quiet) as progress:
+        from . import verify
+        from .render import render_verification
+
+        options = SourceOptions(**hub, quiet=quiet)
+        found = verify(path, source=source, manifest=manifest, options=options, progress=progress)
+        progress.close()
         click.echo(json.dumps(found.to_json(), indent=2) if as_json else render_verification(found))
         if not found.ok:
             sys.exit(1)
@@ -252,6 +251,8 @@ def manifests_command(context: click.Context, as_json: bool) -> None:
         if as_json:
             raise click.UsageError(f"Put --json behind `manifests {context.invoked_subcommand}`.")
         return
+    from .manifest import shipped
+
     manifests = list(shipped().values())
     if as_json:
         entries = [
@@ -260,6 +261,8 @@ def manifests_command(context: click.Context, as_json: bool) -> None:
         ]
         click.echo(json.dumps(entries, indent=2))
     else:
+        from .render import render_manifests, terminal_width
+
         click.echo(render_manifests(manifests, terminal_width()))
 
 
@@ -273,6 +276,8 @@ def show_command(manifest: str, as_json: bool) -> None:
     Example: fp8-convert manifests show qwen-image > mine.toml
     """
     with _errors():
+        from . import load_manifest
+
         found = load_manifest(manifest)
         click.echo(json.dumps(found.to_json(), indent=2) if as_json else found.text, nl=as_json)
 
@@ -289,6 +294,9 @@ def check_command(manifest: str, source: str, as_json: bool, **hub: Any) -> None
     Example: fp8-convert manifests check mine.toml Qwen/Qwen-Image
     """
     with _errors():
+        from . import check_manifest
+        from .render import render_manifest_check, terminal_width
+
         found = check_manifest(manifest, source, options=SourceOptions(**hub))
         click.echo(json.dumps(found.to_json(), indent=2) if as_json else render_manifest_check(found, terminal_width()))
         if not found.ok:
@@ -311,6 +319,8 @@ def demo_command(output: Path) -> None:
     Example: fp8-convert demo
     """
     with _errors():
+        from .demo import run_demo
+
         run_demo(output, click.echo)
 
 
@@ -322,8 +332,13 @@ def _errors(advice: str = "run the same command again") -> Iterator[Stopping]:
     """
     with Stopping(advice) as stopping:
         try:
-            with quiet_libraries():
-                yield stopping
+            yield stopping
         except ConvertError as error:
             click.echo(f"error: {' '.join(str(error).splitlines())}", err=True)  # one line, whatever a name holds
             sys.exit(1)
+
+
+@contextlib.contextmanager
+def _progress(stopping: Stopping, quiet: bool) -> Iterator[Progress]:
+    with contextlib.closing(for_terminal(quiet=quiet, on_finishing=stopping.finishing)) as progress:
+        yield progress

@@ -8,23 +8,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import ConvertError
-from .finished import check_finished
 from .layout import Block
-from .locate import SourceOptions, open_source
+from .locate import SourceOptions, describe_source, open_files
 from .manifest import choose_manifest, load_manifest
 from .notebook import one_line
-from .plan import Plan, make_plan, plan_html
 from .progress import Progress, Silent
 from .quantities import change
 from .recipe import Recipe, parse_size
-from .record import check_record, read_record
-from .run import conversion_key, run
-from .scales import read_input_scales
-from .target import journalled_key
+from .source import Files, outline
 from .untrusted import check_text
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 try:
     import resource
@@ -55,6 +53,8 @@ class Result:
         return one_line(self, self._summary)
 
     def _repr_html_(self) -> str:
+        from .plan import plan_html
+
         return plan_html(self.plan, self._summary)
 
     @property
@@ -100,14 +100,24 @@ def plan_conversion(
     input_scales: str | os.PathLike[str] | None = None,
     max_shard_size: int | str | None = None,
     options: SourceOptions | None = None,
+    progress: Progress | None = None,
 ) -> Plan:
     """Plan a conversion from headers alone; a Hub id is not downloaded. Arguments are those of `convert`."""
     if quantization != "fp8":
         raise ConvertError(f"The quantization {quantization!r} is unknown; the only one is fp8.")
-    snapshot = open_source(source, options or SourceOptions())
+    options = options or SourceOptions()
+    files = open_files(source, options)
+    own = load_manifest(manifest) if manifest else None
+    if headline := _headline(files, own.name if own else None):
+        (progress or Silent()).say(headline)
+    # Only now, since it imports PyTorch: what is begun was said.
+    from .plan import make_plan
+    from .scales import read_input_scales
+
+    snapshot = describe_source(files, options)
     classes = {c.name: c.class_name for c in snapshot.components}
     recipe = Recipe(
-        manifest=load_manifest(manifest) if manifest else choose_manifest(snapshot.repo, snapshot.pipeline, classes),
+        manifest=own or choose_manifest(snapshot.repo, snapshot.pipeline, classes),
         ignored_layers=tuple(ignored_layers),
         components=tuple(components),
         compact=compact,
@@ -143,6 +153,7 @@ def convert(
     local_files_only: bool = False,
     variant: str | None = None,
     progress: Progress | None = None,
+    quiet: bool = False,
 ) -> Result:
     """Convert a diffusers snapshot into an FP8 snapshot.
 
@@ -159,6 +170,7 @@ def convert(
     force: replace a finished FP8 snapshot. check: read a finished one again and compare its digests.
     revision, token, cache_dir, local_files_only: as in huggingface_hub.
     variant: takes `*.VARIANT.safetensors` where a component has them.
+    progress: is told how far the work is. quiet: without it the Hub's client draws bars on a terminal.
 
     Memory stays bounded whatever the model's size. An interrupted conversion is resumed by the same call, and a
     finished one is left as it is (`already_done`); an unfinished one never looks like a snapshot. Raises ConvertError
@@ -167,7 +179,7 @@ def convert(
     started = time.monotonic()
     progress = progress or Silent()
     output = Path(output)
-    options = SourceOptions(revision, token, cache_dir, local_files_only, variant)
+    options = SourceOptions(revision, token, cache_dir, local_files_only, variant, quiet=quiet)
     plan = plan_conversion(
         source,
         quantization=quantization,
@@ -180,11 +192,14 @@ def convert(
         input_scales=input_scales,
         max_shard_size=max_shard_size,
         options=options,
+        progress=progress,
     )
     _check_outside(output, source)
     digest = None if force else _finished_already(plan, output, check, progress)
     already, resumed = digest is not None, 0
     if digest is None:
+        from .run import run
+
         plan, digest, resumed = run(
             plan,
             output,
@@ -224,6 +239,11 @@ def _finished_already(plan: Plan, output: Path, check: bool, progress: Progress)
 
     Raises ConvertError for a finished snapshot that is another one, or damaged.
     """
+    from .finished import check_finished
+    from .record import check_record, read_record
+    from .run import conversion_key
+    from .target import journalled_key
+
     if journalled_key(output) == conversion_key(plan):
         return None  # this conversion was interrupted when all but the record's name was done: finish it
     try:
@@ -234,6 +254,16 @@ def _finished_already(plan: Plan, output: Path, check: bool, progress: Progress)
         return None
     check_finished(record, plan, output, check=check, progress=progress)
     return str(record["record_sha256"])
+
+
+def _headline(files: Files, manifest: str | None) -> str | None:
+    """Source, commit and manifest in one line, from the model index alone; None for what is no snapshot."""
+    pipeline, classes = outline(files)
+    if not classes:
+        return None
+    name = manifest or choose_manifest(files.repo, pipeline, classes).name
+    where = f"commit {files.commit}" if files.commit else "a folder"
+    return f"{files.label} ({where}), manifest {name}"
 
 
 def _check_outside(output: Path, source: str | os.PathLike[str]) -> None:

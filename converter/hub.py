@@ -65,6 +65,7 @@ class HubFiles:
             tree = self._api.list_repo_tree(repo, recursive=True, revision=self.commit)
             self.entries = [entry for entry in tree if isinstance(entry, RepoFile)]
         self._sizes, self._sha256 = _listing(self.entries)
+        self._read: dict[str, bytes] = {}  # a commit does not change, and the client would ask the Hub each time
         self.label = repo
 
     def sizes(self) -> Mapping[str, int]:
@@ -77,9 +78,11 @@ class HubFiles:
         return None
 
     def read(self, path: str, limit: int) -> bytes:
-        where = f"{path} in {self.repo}"
-        check_size(self._sizes[path], limit, where)
-        return read_whole(self._downloaded(path), where, limit)
+        if path not in self._read:
+            where = f"{path} in {self.repo}"
+            check_size(self._sizes[path], limit, where)
+            self._read[path] = read_whole(self._downloaded(path), where, limit)
+        return self._read[path]
 
     def pieces(self, path: str) -> Iterator[bytes]:
         return file_pieces(self._downloaded(path), f"{path} in {self.repo}", self._sizes[path])

@@ -6,15 +6,18 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from .conversion import Result
-from .inspection import Inspection
-from .manifest import Manifest
-from .manifest_check import ManifestCheck
-from .matching import Match
-from .plan import Plan, rows
 from .quantities import byte_count, change, parameter_count, plural
-from .verification import Verification
+
+if TYPE_CHECKING:  # only what is rendered has been imported
+    from .conversion import Result
+    from .inspection import Inspection
+    from .manifest import Manifest
+    from .manifest_check import ManifestCheck
+    from .matching import Match
+    from .plan import Plan
+    from .verification import Verification
 
 _WORTH_SAYING = 0.05  # of the bytes: what --compact must save to be mentioned
 
@@ -29,6 +32,8 @@ def render_plan(plan: Plan, width: int | None = None) -> str:
 
     width: columns to fit into; None for one line per row. The same holds for the other tables.
     """
+    from .plan import rows
+
     lines = [plan.title]
     for component in plan.components:
         before, after = component.weight_bytes

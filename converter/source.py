@@ -283,6 +283,20 @@ def describe(files: Files, *, variant: str | None = None, allow_converted: bool 
     )
 
 
+def outline(files: Files) -> tuple[str | None, dict[str, str | None]]:
+    """The pipeline's class and those of its components with weights, from the model index and the file names alone.
+
+    A component that is its own snapshot has the name "". Raises ConvertError for an index that cannot be read.
+    """
+    sizes = files.sizes()
+    if MODEL_INDEX in sizes:
+        index = read_json(files, MODEL_INDEX)
+        folders = {path.partition("/")[0] for path in sizes if path.endswith(".safetensors") and "/" in path}
+        classes: dict[str, str | None] = {n: cls for n, _, cls in _entries(files, index) if n in folders}
+        return str(index.get("_class_name") or "") or None, classes
+    return None, {"": _class_name(read_json(files, CONFIG))} if CONFIG in sizes else {}
+
+
 def require_folder(path: Path) -> None:
     """Raise ConvertError unless a snapshot's folder lies at `path`."""
     if path.is_dir():

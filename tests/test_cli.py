@@ -8,7 +8,9 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import sysconfig
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ from fp8_convert.converter.manifest import shipped
 from fp8_convert.converter.plan import Plan, rows
 from fp8_convert.converter.progress import Lines, Silent
 from fp8_convert.converter.render import render_inspection, render_manifests, render_plan
-from pipelines import copied, saved
+from hub_server import running_hub
+from pipelines import BUILDERS, copied, saved
 from safetensors.torch import load_file, save_file
 
 COMMAND = Path(sysconfig.get_path("scripts"), "fp8-convert")
@@ -461,3 +464,86 @@ def test_version_does_not_wait_for_pytorch() -> None:
     assert done.stdout == run("--version").stdout
     assert "importlib" in done.stderr
     assert "torch" not in done.stderr
+
+
+# First words
+
+
+@pytest.mark.parametrize("name", sorted(BUILDERS))
+def test_the_first_line_names_source_and_manifest(name: str) -> None:
+    result = run(saved(name), "--dry-run")
+    manifest = plan_of(name, []).recipe.manifest.name
+    assert result.stderr.splitlines()[0] == f"{saved(name)} (a folder), manifest {manifest}"
+
+
+def test_the_first_line_for_a_component_alone_and_for_an_own_manifest(tmp_path: Path) -> None:
+    lone = saved("z_image") / "transformer"
+    assert run(lone, "--dry-run").stderr.splitlines()[0] == f"{lone} (a folder), manifest z-image"
+    named = run(saved("z_image"), "--dry-run", "--manifest", "default").stderr.splitlines()[0]
+    assert named == f"{saved('z_image')} (a folder), manifest default"
+
+
+def test_the_first_line_names_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running_hub(monkeypatch, tmp_path / "home") as hub:
+        hub.add_repo("org/model", saved("z_image"))
+        commit = hub.commit("org/model")
+        first = run("org/model", "--dry-run").stderr.splitlines()[0]
+        assert first == f"org/model (commit {commit}), manifest z-image"
+
+
+def in_a_child(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True)
+
+
+def test_the_first_line_comes_before_pytorch(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom fp8_convert.converter import progress\nsay = progress.Lines.say\n"
+        "def told(self, line):\n    print('torch' in sys.modules)\n    say(self, line)\n"
+        "progress.Lines.say = told\n"
+        "from fp8_convert.converter.cli import main\nmain()"
+    )
+    child = in_a_child(code, saved("z_image"), "-o", tmp_path / "out")
+    assert child.stdout.splitlines()[0] == "False"
+    assert child.stderr.startswith(f"{saved('z_image')} (a folder), manifest z-image")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-V"], ["manifests"], ["manifests", "show", "z-image"]], ids=str)
+def test_what_needs_no_pytorch_imports_none(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom fp8_convert.converter.cli import main\ntry:\n    main()\n"
+        "except SystemExit:\n    pass\nprint({'torch', 'diffusers', 'transformers'} & {*sys.modules})"
+    )
+    assert in_a_child(code, *arguments).stdout.splitlines()[-1] == "set()"
+
+
+def test_the_log_ends_with_what_identifies_the_snapshot(tmp_path: Path) -> None:
+    result = run(saved("z_image"), "-o", tmp_path / "out", "--json")
+    summary = json.loads(result.stdout)
+    record = json.loads((tmp_path / "out" / "fp8_convert.json").read_text())
+    assert summary["snapshot_sha256"] == record["record_sha256"]
+    assert summary["recipe_sha256"] == record["recipe_sha256"]
+    assert summary["commit"] is None
+    last = result.stderr.splitlines()[-1]
+    assert last == f"commit none (a folder), recipe {record['recipe_sha256']}, snapshot {record['record_sha256']}"
+
+
+def test_quiet_leaves_errors_and_the_result(tmp_path: Path) -> None:
+    result = run(saved("z_image"), "-o", tmp_path / "out", "-q", "--ignored-layers", "to_q")
+    assert result.stderr == ""
+    assert result.stdout.startswith("wrote ")
+    assert run("verify", tmp_path / "out", "-q").stderr == ""
+    assert run(saved("z_image"), "-o", tmp_path / "out", "-q", code=1).stderr.startswith("error: ")
+
+
+def test_the_same_command_again_is_done_already(tmp_path: Path) -> None:
+    run(saved("z_image"), "-o", tmp_path / "out")
+    again = run(saved("z_image"), "-o", tmp_path / "out", "--check")
+    assert again.stdout.startswith(f"already done: {tmp_path / 'out'}, ")
+
+
+@pytest.mark.parametrize("option", ["-V", "--version"])
+def test_version(option: str) -> None:
+    assert run(option).stdout == f"fp8-convert, version {version('fp8-convert')}\n"
+    installed = subprocess.run([COMMAND, option], capture_output=True, text=True, check=True)
+    assert installed.stdout == run(option).stdout
