@@ -340,5 +340,6 @@ def _errors(advice: str = "run the same command again") -> Iterator[Stopping]:
 
 @contextlib.contextmanager
 def _progress(stopping: Stopping, quiet: bool) -> Iterator[Progress]:
-    with contextlib.closing(for_terminal(quiet=quiet, on_finishing=stopping.finishing)) as progress:
+    progress = for_terminal(quiet=quiet, on_start=stopping.working, on_finishing=stopping.finishing)
+    with contextlib.closing(progress):
         yield progress

@@ -59,8 +59,8 @@ class Result:
 
     @property
     def _summary(self) -> str:
-        done = "already done" if self.already_done else f"in {self.seconds:.1f} s"
-        return f"{self.output}: {change(self.bytes_before, self.bytes_after)}, {done}"
+        done = ", already done" if self.already_done else f" in {self.seconds:.1f} s"
+        return f"{self.output}: {change(self.bytes_before, self.bytes_after)}{done}"
 
     @property
     def gigabytes_per_second(self) -> float:

@@ -14,6 +14,9 @@ from tqdm import tqdm
 _LINE_EVERY_S = 10.0
 
 
+def _nothing() -> None: ...
+
+
 class Progress(Protocol):
     """What `convert` tells of its work; bytes are source bytes. `finishing`: from now on it is too late to stop."""
 
@@ -27,10 +30,12 @@ class Progress(Protocol):
 class Silent:
     """Tells nothing, neither progress nor notes: the library's default, and what `--quiet` asks for."""
 
-    def __init__(self, on_finishing: Callable[[], None] = lambda: None) -> None:
-        self._on_finishing = on_finishing
+    def __init__(self, on_start: Callable[[], None] = _nothing, on_finishing: Callable[[], None] = _nothing) -> None:
+        self._on_start, self._on_finishing = on_start, on_finishing
 
-    def start(self, total: int) -> None: ...
+    def start(self, total: int) -> None:
+        self._on_start()
+
     def advance(self, count: int) -> None: ...
     def say(self, line: str) -> None: ...
     def close(self) -> None: ...
@@ -42,12 +47,15 @@ class Silent:
 class Bar(Silent):
     """A tqdm bar with bytes, rate and time left."""
 
-    def __init__(self, out: TextIO, on_finishing: Callable[[], None] = lambda: None) -> None:
-        super().__init__(on_finishing)
+    def __init__(
+        self, out: TextIO, on_start: Callable[[], None] = _nothing, on_finishing: Callable[[], None] = _nothing
+    ) -> None:
+        super().__init__(on_start, on_finishing)
         self._out = out
         self._bar: tqdm[None] | None = None
 
     def start(self, total: int) -> None:
+        super().start(total)
         self._bar = tqdm(total=total, unit="B", unit_scale=True, file=self._out, dynamic_ncols=True)
 
     def advance(self, count: int) -> None:
@@ -65,13 +73,16 @@ class Bar(Silent):
 class Lines(Silent):
     """A line at most every ten seconds, for logs."""
 
-    def __init__(self, out: TextIO, on_finishing: Callable[[], None] = lambda: None) -> None:
-        super().__init__(on_finishing)
+    def __init__(
+        self, out: TextIO, on_start: Callable[[], None] = _nothing, on_finishing: Callable[[], None] = _nothing
+    ) -> None:
+        super().__init__(on_start, on_finishing)
         self._out = out
         self._total = self._done = 0
         self._started = self._last = time.monotonic()
 
     def start(self, total: int) -> None:
+        super().start(total)
         self._total, self._done = total, 0
         self._started = self._last = time.monotonic()
 
@@ -89,16 +100,20 @@ class Lines(Silent):
 
 
 def for_terminal(
-    out: TextIO | None = None, *, quiet: bool = False, on_finishing: Callable[[], None] = lambda: None
+    out: TextIO | None = None,
+    *,
+    quiet: bool = False,
+    on_start: Callable[[], None] = _nothing,
+    on_finishing: Callable[[], None] = _nothing,
 ) -> Progress:
     """A bar if `out` (stderr by default) is a terminal, else plain lines; quiet: nothing. Errors are not told here.
 
-    on_finishing: called when it is too late to stop, as `Progress.finishing`.
+    on_start: called when work starts; on_finishing: when it is too late to stop, as `Progress.finishing`.
     """
     out = out or sys.stderr
     if quiet:
-        return Silent(on_finishing)
-    return Bar(out, on_finishing) if out.isatty() else Lines(out, on_finishing)
+        return Silent(on_start, on_finishing)
+    return Bar(out, on_start, on_finishing) if out.isatty() else Lines(out, on_start, on_finishing)
 
 
 @contextlib.contextmanager

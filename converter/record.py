@@ -13,14 +13,16 @@ from collections.abc import Iterator, Mapping
 from operator import attrgetter
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import layout
 from .errors import ConvertError
 from .plan import ComponentPlan, Plan, Row, rows
 from .recipe import tool_version
-from .target import Done
 from .untrusted import parse_json, read_whole
+
+if TYPE_CHECKING:
+    from .target import Done
 
 SEAL = "record_sha256"
 

@@ -19,7 +19,7 @@ class Stopping:
 
     def __init__(self, advice: str) -> None:
         self._advice = advice
-        self._stopping = self._too_late = False
+        self._working = self._stopping = self._too_late = False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Stopping:
@@ -38,6 +38,13 @@ class Stopping:
         for number, before in self._before.items():
             signal.signal(number, before)  # type: ignore[arg-type]
 
+    def working(self) -> None:
+        """From now on there is something to clean up.
+
+        Before, a signal ends the process at once: an exception could be swallowed in the middle of somebody's import.
+        """
+        self._working = True
+
     def finishing(self) -> None:
         """From now on signals change nothing: the work is as good as done."""
         self._too_late = True
@@ -45,7 +52,7 @@ class Stopping:
     def _received(self, _number: int, _frame: FrameType | None) -> None:
         if self._too_late:
             return
-        if self._stopping:  # told twice: nobody waits for the cleanup, and what is left is taken up by the next run
+        if self._stopping or not self._working:  # told twice, nobody waits for the cleanup; the next run takes over
             self._leave()
         self._stopping = True
         raise KeyboardInterrupt

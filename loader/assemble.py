@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..converter.source import MODEL_INDEX, LocalFiles, read_json
+from .build import default_dtype
 from .checkpoint import LoadError, one_line
 
 
@@ -72,12 +73,14 @@ def _component(root: Path, name: str, entry: list[Any], dtype: torch.dtype, vari
     options: dict[str, Any] = {"local_files_only": True}
     if any(base.__module__.startswith("transformers.") for base in getattr(cls, "__mro__", ())):
         options["trust_remote_code"] = False  # unset, transformers asks on the terminal, and waits
+    folder = root / name if (root / name).is_dir() else root  # where diffusers looks too
     if isinstance(cls, type) and issubclass(cls, torch.nn.Module):
         options |= {"dtype": dtype, "use_safetensors": True}
-        if variant is not None and any(f".{variant}." in path.name for path in (root / name).iterdir()):
+        if variant is not None and any(f".{variant}." in path.name for path in folder.iterdir()):
             options["variant"] = variant
     try:
-        loaded = cls.from_pretrained(str(root / name), **options)
+        with default_dtype(torch.get_default_dtype()):  # which libraries change, and leave so when they fail
+            loaded = cls.from_pretrained(str(folder), **options)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # a missing file, broken JSON, a package that the class needs: anything

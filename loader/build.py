@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..converter import layout
+from ..converter.errors import ConvertError
 from ..converter.modules import bounded, quiet_libraries
 from ..converter.source import CONFIG, Component
 from .backend import Choice
@@ -39,11 +40,13 @@ def build(component: Component, dtype: torch.dtype) -> nn.Module:
         )
     settings = {k: v for k, v in component.config.items() if k != layout.CONFIG_KEY}
     try:
-        with _default_dtype(dtype), init_empty_weights(include_buffers=False), quiet_libraries(), bounded(component):
+        with default_dtype(dtype), init_empty_weights(include_buffers=False), quiet_libraries(), bounded(component):
             if component.library == "diffusers":
                 built = cls.from_config(settings)
             else:
                 built = cls._from_config(cls.config_class.from_dict(settings), dtype=dtype)
+    except ConvertError:  # a sentence already: the config asks for more than its weights can be for
+        raise
     except Exception as error:  # whatever a class raises for a config that is not its own
         raise LoadError(
             f"{component.class_name} cannot be built from {component.path(CONFIG)} ({one_line(error)}); convert or "
@@ -155,7 +158,8 @@ def _renamer(model: Any) -> tuple[Callable[[str], str], list[Any]]:
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """PyTorch's default dtype for a while; it is what it was afterwards, whatever happens within."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

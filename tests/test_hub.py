@@ -378,6 +378,7 @@ class Watch(Silent):
     """Counts the source shards beside the output whenever the conversion reports progress."""
 
     def __init__(self, output: Path) -> None:
+        super().__init__()
         self.folder = output / ".fp8-convert" / "source"
         self.most = 0
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 from fp8_convert.converter import convert, inspect, plan_conversion, verify
+from fp8_convert.converter.finding import Finding
 from fp8_convert.converter.locate import SourceOptions
 from fp8_convert.converter.notebook import html_table
-from fp8_convert.converter.verify import Finding, Verification
+from fp8_convert.converter.verification import Verification
 from fp8_convert.loader.report import ComponentReport, Report
 from pipelines import copied, saved
 from safetensors.torch import load_file, save_file
@@ -112,7 +113,7 @@ def test_raw_bytes_and_secrets_are_not_shown() -> None:
     plan = plan_conversion(saved("z_image"))
     shard = plan.shards[0]
     assert f"raw=<{len(shard.source.header.raw)} bytes>" in repr(shard.source.header)
-    assert f"header=<{len(shard.header)} bytes>" in repr(shard)
+    assert f"header=<{len(shard.files[0].header)} bytes>" in repr(shard.files[0])
     assert "hf_secret" not in repr(SourceOptions(token="hf_secret"))
 
 
@@ -120,7 +121,7 @@ def test_a_report_is_one_line_until_it_is_printed() -> None:
     names = tuple(f"{HOSTILE}{n}" for n in range(100))
     part = ComponentReport(HOSTILE, HOSTILE, "cpu", "x", {}, {}, names, names, 1, 1, {HOSTILE: 1})
     report = Report("ZImagePipeline", (part,), {})
-    assert repr(report) == "Report(pipeline='ZImagePipeline', components=<1 item>, versions=<0 items>)"
+    assert repr(report) == "<Report of ZImagePipeline: SOME PROMISED MODULES ARE NOT FP8>"
     assert str(report).startswith("ZImagePipeline ()\n")
     assert all(len(repr(r)) < 400 and repr(r).isprintable() for r in (part, report))
 

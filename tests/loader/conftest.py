@@ -1,7 +1,17 @@
 """Every test that takes `device` runs on the CPU and, marked `gpu`, on CUDA where there is a device for it."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+
+
+@pytest.fixture(autouse=True)
+def _default_dtype() -> Iterator[None]:
+    """Libraries change PyTorch's default dtype and leave it so when plain `from_pretrained` fails."""
+    before = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(before)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -77,7 +77,7 @@ def test_a_damaged_record_is_one_sentence(snapshot: Path) -> None:
     with pytest.raises(LoadError, match=r"fp8_convert\.json was changed since it was written"):
         load_pipeline(snapshot, device="cpu", verify=True)
     record.write_text("[")
-    with pytest.raises(ConvertError, match=r"fp8_convert\.json is damaged \(not valid JSON\)"):
+    with pytest.raises(ConvertError, match=r"fp8_convert\.json is damaged \(it is not valid JSON\)"):
         load_pipeline(snapshot, device="cpu", verify=True)
 
 
