@@ -18,6 +18,7 @@ WEIGHT_SCALE_INV = ".weight_scale_inv"
 INPUT_SCALE = ".input_scale"
 
 RECORD_FILE = "fp8_convert.json"
+STAGING = ".fp8-convert"  # the folder in an output that is not finished
 RECORD_FORMAT = 2
 MAX_RECORD_BYTES = 64 * 1024 * 1024  # a larger one is none: it has some hundred bytes a file
 METADATA_KEY = "fp8_convert"

@@ -22,13 +22,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .errors import ConvertError, ResumableError
-from .layout import MAX_RECORD_BYTES, RECORD_FILE
+from .layout import MAX_RECORD_BYTES, RECORD_FILE, STAGING
 from .reading import open_for_reading
 from .source import CONFIG, MODEL_INDEX
 from .untrusted import parse_json, read_whole
 from .writing import disk_errors, file_sha256, sync_folder, write_small
 
-STAGING = ".fp8-convert"
 _DEFAULT_MTIME = 315532800  # 1980-01-01, the earliest time that every archive format can hold
 
 

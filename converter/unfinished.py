@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .layout import RECORD_FILE
+from .layout import RECORD_FILE, STAGING
 from .source import CONFIG, MODEL_INDEX
-from .target import STAGING
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from .comparison import compare, described, open_original, recorded_classes, rec
 from .errors import ConvertError
 from .finding import Finding
 from .header import Header, TensorInfo, read_header
+from .layout import STAGING
 from .locate import SourceOptions
 from .modules import module_map
 from .notebook import html_table, one_line
@@ -30,7 +31,6 @@ from .quantities import plural
 from .recipe import ACTIVATION_SCHEMES
 from .record import check_record, read_record
 from .source import CONFIG, Component, LocalFiles, Shard, describe, require_folder
-from .target import STAGING
 from .untrusted import parse_json, read_whole
 from .writing import file_sha256
 

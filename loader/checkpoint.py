@@ -16,10 +16,10 @@ import torch
 from ..converter import layout
 from ..converter.header import TensorInfo
 from ..converter.hub import HubFiles, download
+from ..converter.layout import STAGING
 from ..converter.locate import SourceOptions, find_snapshot
 from ..converter.record import read_record
 from ..converter.source import CONFIG, Component, LocalFiles, Snapshot, describe, needed_files
-from ..converter.target import STAGING
 from .config import METHODS, config_problem
 
 

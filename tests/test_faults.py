@@ -23,9 +23,10 @@ from typing import Any
 
 import pytest
 from fp8_convert.converter import ConvertError, ResumableError, convert, run, verify
+from fp8_convert.converter.layout import STAGING
 from fp8_convert.converter.plan import ShardPlan
 from fp8_convert.converter.stream import Chunk, stream_shard
-from fp8_convert.converter.target import STAGING, Target, open_target
+from fp8_convert.converter.target import Target, open_target
 from pipelines import copied, saved
 
 TRIES = int(os.environ.get("FP8_CONVERT_FAULTS", "12"))

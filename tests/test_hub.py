@@ -374,6 +374,27 @@ def test_wrong_bytes_are_refused(
     assert verify(output, source=tiny).ok
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_scale_that_a_corrupt_sibling_gave_is_not_kept(
+    hub: HubServer, sharded: Path, tmp_path: Path, stream: bool
+) -> None:
+    """A group's members are measured in all shards before one is converted; a corrupt one is noticed only later."""
+    plan = plan_conversion(sharded)
+    spread = next(g for s in plan.shards for g in s.schedule.measured)
+    last = [s for s in plan.shards if spread in s.schedule.measured][-1]
+    weight = next(t for t in last.tensors if t.decision.group == spread)
+    exponent = last.source.header.data_start + weight.info.start + 1  # of its first number: largest of all by far
+    hub.add_repo(REPO, sharded)
+    hub.faults.append(Fault("wrong_bytes", last.source.path, offset=exponent, route="cdn", times=None))
+    with pytest.raises(ResumableError, match="differs from the Hub's digest") as caught:
+        convert(REPO, tmp_path / "out", stream=stream)
+    hub.faults.clear()
+    for bad in re.findall("delete (.*) and run again", str(caught.value)):
+        Path(bad).unlink()
+    convert(REPO, tmp_path / "out", stream=stream)
+    assert verify(tmp_path / "out", source=sharded).ok
+
+
 class Watch(Silent):
     """Counts the source shards beside the output whenever the conversion reports progress."""
 

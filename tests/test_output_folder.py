@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 from fp8_convert.converter import ConvertError, ResumableError, convert, run, verify
+from fp8_convert.converter.layout import STAGING
 from fp8_convert.converter.progress import Silent
 from fp8_convert.converter.recipe import parse_size
-from fp8_convert.converter.target import STAGING
 from hub_server import running_hub
 from pipelines import copied, saved
 

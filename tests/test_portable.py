@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from fp8_convert.converter import errors
+from fp8_convert.converter import convert, errors
+from pipelines import saved
 
 OURS = str(Path(errors.__file__).parent)
 MACOS = ["preadv", "pwritev", "posix_fadvise", "posix_fallocate", "O_DIRECT"]
@@ -105,3 +106,22 @@ def test_reading_and_writing(tmp_path: Path, names: list[str]) -> None:
         assert hashlib.sha256((tmp_path / size).read_bytes()).hexdigest() == digest
         assert (tmp_path / size).stat().st_size == int(size)
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("names", [MACOS, WINDOWS], ids=["macos", "windows"])
+def test_a_whole_conversion(tmp_path: Path, names: list[str]) -> None:
+    program = (
+        "import filelock\n"
+        "filelock.FileLock = filelock.SoftFileLock\n"  # the one that needs no calls of the system the test runs on
+        "from fp8_convert.converter.cli import main\n"
+        "import fp8_convert.loader\n"
+        f"main([{str(saved('z_image'))!r}, '-o', {str(tmp_path / 'out')!r}], standalone_mode=False)\n"
+        f"main(['verify', {str(tmp_path / 'out')!r}, '--source', {str(saved('z_image'))!r}], standalone_mode=False)\n"
+    )
+    assert ": ok (" in run_without(names, program, ["diffusers", "transformers", "safetensors.torch", "filelock"])
+    convert(saved("z_image"), tmp_path / "normal")
+    written, normal = (
+        {p.relative_to(tmp_path / n).as_posix(): p.read_bytes() for p in (tmp_path / n).rglob("*") if p.is_file()}
+        for n in ("out", "normal")
+    )
+    assert written == normal

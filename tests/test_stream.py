@@ -112,6 +112,18 @@ def test_any_component_cut_into_files(
             assert dtypes[scale_key(module, scheme_block(scheme))] == "F32"
 
 
+def test_a_cut_does_not_move_eight_byte_elements_off_their_multiples(tmp_path: Path) -> None:
+    """Two FP32 numbers come before an FP64 one: a file that began with the second would hold it four bytes off."""
+    numbers = {
+        "a": random_tensor("F32", (1,), 1),
+        "b": random_tensor("F32", (1,), 2),
+        "c": random_tensor("F64", (2,), 3),
+    }
+    ((first, second),) = check(Weights([numbers], {}), tmp_path, max_shard_size=1)
+    assert [sorted(reference.read_safetensors(path)) for path in (first, second)] == [["a", "b"], ["c"]]
+    assert all(t.start % t.itemsize == 0 for t in read_header(second, "second").tensors)
+
+
 @given(weights(), st.sampled_from(SIZES), st.integers(1, 4), st.integers(1, 3))
 def test_any_component(
     tmp_path_factory: pytest.TempPathFactory, w: Weights, size: tuple[int, int], workers: int, readers: int

@@ -178,6 +178,13 @@ def test_added_links(spoilt: Path, tmp_path: Path) -> None:
     assert [path for path, _ in findings(spoilt)] == ["dangling", "custom/", "vae/again/"]
 
 
+def test_what_lies_in_a_linked_component_is_looked_at(spoilt: Path, tmp_path: Path) -> None:
+    (spoilt / "vae").rename(tmp_path / "vae")
+    (spoilt / "vae").symlink_to(tmp_path / "vae")
+    (tmp_path / "vae" / "modeling.py").write_text("x")
+    assert ("vae/modeling.py", "is not in the record") in findings(spoilt)
+
+
 def test_a_damaged_source_is_a_finding_and_the_rest_is_compared(spoilt: Path, tmp_path: Path) -> None:
     source = copied(saved("z_image"), tmp_path / "source")
     tensors = load_file(source / DIT)
