@@ -77,5 +77,5 @@ def test_nan_is_refused_on_cuda(tmp_path: Path) -> None:
     (source / "config.json").write_text('{"_class_name": "WanTransformer3DModel", "num_layers": 1}')
     save_file(weights, source / "diffusion_pytorch_model.safetensors")
     with pytest.raises(ConvertError, match="holds NaN or Inf"):
-        convert(source, tmp_path / "out", device="cuda")
+        convert(source, tmp_path / "out", device="cuda", manifest="default")
     assert not (tmp_path / "out").exists()
