@@ -34,6 +34,8 @@ class Group(DefaultGroup):  # type: ignore[misc]
         formatter.write_usage("fp8-convert", "SOURCE -o OUT [OPTIONS]   or   fp8-convert COMMAND …")
         command.format_help_text(ctx, formatter)
         command.format_options(click.Context(command, info_name="fp8-convert", parent=ctx), formatter)
+        with formatter.section("Version"):
+            formatter.write_dl([("-V, --version", "Show the version and exit.")])
         self.format_commands(ctx, formatter)
 
 
