@@ -1,10 +1,19 @@
-"""Tests marked `gpu` are skipped without a CUDA device that multiplies FP8; property tests have no deadline."""
+"""Tests marked `gpu` are skipped without a CUDA device that multiplies FP8; property tests have no deadline.
+
+A background shell, and some CI, let its children ignore SIGINT; those of the tests must heed it, so this process does.
+"""
 
 from __future__ import annotations
+
+import signal
 
 import pytest
 import torch
 from hypothesis import settings
+
+for _number in (signal.SIGINT, signal.SIGTERM):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 
 settings.register_profile("fp8-convert", deadline=None)  # nothing is timed: machines differ
 settings.load_profile("fp8-convert")

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -425,14 +424,7 @@ def started(code: str, *arguments: object) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=heed_signals,
     )
-
-
-def heed_signals() -> None:
-    """A child of a shell's background job inherits that SIGINT is ignored."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -481,19 +473,15 @@ def test_a_second_signal_ends_the_cleanup_without_a_traceback(tmp_path: Path) ->
     assert verify(tmp_path / "out").ok
 
 
-def test_children_that_inherit_ignored_signals_are_told_to_heed_them(tmp_path: Path) -> None:
-    """The suite's own precaution works: it passes where its parent ignores SIGINT, as a background shell does."""
-    ignore: Callable[[], object] = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731
-    code = (
-        "import sys; sys.path[:0] = sys.argv[1:]; import test_output_folder as t, signal\n"
-        "p = t.started('import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)')\n"
-        "print(p.communicate()[0].strip())"
-    )
+def test_children_heed_signals_where_the_parent_ignores_them() -> None:
+    """The suite's own precaution: it is to pass in a background shell too."""
+    code = "import conftest, subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    shown = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
     child = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, str(Path(__file__).parent)],
+        ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-W", "ignore", "-c", code, shown],
         capture_output=True,
         text=True,
         check=True,
-        preexec_fn=ignore,
+        cwd=Path(__file__).parent,
     )
     assert child.stdout == "True\n"
