@@ -22,12 +22,12 @@ lint: $(VENV)/ready-test
 
 # Hundreds of random kills, full disks and read errors: some twenty minutes.
 faults: $(VENV)/ready-test
-	FP8_CONVERT_FAULTS=300 FP8_CONVERT_FUZZ=2000 $(BIN)/python -m pytest tests/test_faults.py tests/test_hostile.py tests/test_memory.py -s
+	FP8_CONVERT_FAULTS=300 FP8_CONVERT_FUZZ=2000 $(BIN)/python -m pytest tests/converter/output/test_faults.py tests/converter/test_hostile.py tests/converter/test_memory.py -s
 
 clean:
-	rm -rf $(VENV) converter/*.so build dist demo-out demo-out.png .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf $(VENV) converter/stream/*.so build dist demo-out demo-out.png .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
 
-$(VENV)/ready: pyproject.toml constraints.txt converter/_e4m3.c
+$(VENV)/ready: pyproject.toml constraints.txt converter/stream/_e4m3.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .

@@ -16,11 +16,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from fp8_convert.loader import kernels
-from fp8_convert.loader.install import install
 from qwen_inputs import qwen_inputs
 from torch import Tensor, nn
 from triton.testing import do_bench
+
+from fp8_convert.converter.format.layout import WeightFormat
+from fp8_convert.loader import kernels
+from fp8_convert.loader.install import install
 
 DEVICE = torch.device("cuda", 0)
 SHAPES = {
@@ -63,7 +65,7 @@ def make_fp8(model: nn.Module, wanted: Callable[[str, nn.Module], bool], mode: s
         if wanted(name, module):
             weight = module.weight.data
             linear = block and isinstance(module, nn.Linear)
-            install(module, mode, f"block{block}x{block}" if linear else "tensor", device=DEVICE)
+            install(module, WeightFormat(mode, (block, block) if linear else None), device=DEVICE)
             fill(module, weight)
             count += 1
     return count
@@ -75,13 +77,17 @@ def linear_times(m: int, k: int, n: int) -> dict[str, float]:
     plain = nn.Linear(k, n, device=DEVICE, dtype=torch.bfloat16).requires_grad_(False)
     weight = plain.weight.data
     times = {"bf16": median(lambda: plain(x))}
-    rows = install(nn.Linear(k, n, device=DEVICE, dtype=torch.bfloat16), "w8a8", "tensor", device=DEVICE)
+    rows = install(nn.Linear(k, n, device=DEVICE, dtype=torch.bfloat16), WeightFormat("w8a8"), device=DEVICE)
     fill(rows, weight)
     times["w8a8"] = median(lambda: rows(x))
-    groups = install(nn.Linear(k, n, device=DEVICE, dtype=torch.bfloat16), "w8a8", "block128x128", device=DEVICE)
+    groups = install(
+        nn.Linear(k, n, device=DEVICE, dtype=torch.bfloat16), WeightFormat("w8a8", (128, 128)), device=DEVICE
+    )
     fill(groups, weight)
     times["w8a8 block"] = median(lambda: groups(x))
-    stored = install(nn.Linear(k, n, device=DEVICE, dtype=torch.bfloat16), "storage", "block128x128", device=DEVICE)
+    stored = install(
+        nn.Linear(k, n, device=DEVICE, dtype=torch.bfloat16), WeightFormat("storage", (128, 128)), device=DEVICE
+    )
     fill(stored, weight)
     times["storage"] = median(lambda: stored(x))
     codes, scale = kernels.quantize_rows(x, rows.scale)

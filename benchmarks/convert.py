@@ -27,8 +27,9 @@ from typing import Any
 
 import torch
 from convert_source import KINDS, make_source
-from fp8_convert.converter import native
 from safetensors import safe_open
+
+from fp8_convert.converter.stream import compiled as native
 
 CASE = Path(__file__).with_name("convert_case.py")
 SCHEMES: dict[str, list[int] | None] = {"tensor": None, "block": [128, 128]}

@@ -20,6 +20,7 @@ Run = Callable[[], Any]
 def ours(source: Path, output: Path, *, block: list[int] | None, device: str, **options: Any) -> Run:
     """`convert`, with the model class that the plan needs imported beforehand."""
     import diffusers
+
     from fp8_convert.converter import convert
 
     getattr(diffusers, json.loads((source / "config.json").read_text())["_class_name"])
@@ -37,7 +38,8 @@ def ours(source: Path, output: Path, *, block: list[int] | None, device: str, **
 def limit(source: Path, output: Path, **options: Any) -> Run:
     """The same pipeline with the conversion off: same reads, hashes, copies, writes and re-reads; no arithmetic."""
     import numpy as np
-    from fp8_convert.converter import stream
+
+    from fp8_convert.converter.stream import shard_stream as stream
 
     def no_codes(x: Any, scale: Any, out: Any = None) -> Any:
         return x.view(stream.torch.uint8).view(-1)[: x.numel()]

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fp8_convert.converter import convert
-from fp8_convert.converter.header import TensorInfo, encode_header
-from fp8_convert.converter.layout import encode_json, index_name, shard_name
-from fp8_convert.loader import load_component, report
 from qwen_inputs import qwen_inputs
 from torch import nn
+
+from fp8_convert.converter import convert
+from fp8_convert.converter.format.header import TensorInfo, encode_header
+from fp8_convert.converter.format.layout import encode_json, index_name, shard_name
+from fp8_convert.loader import load_component, report
 
 SHARD_BYTES = 5 * 10**9
 PLAIN_BYTES = 64 * 1024 * 1024

@@ -8,32 +8,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .conversion import Result, convert, plan_conversion
-    from .errors import ConvertError, ResumableError
     from .inspection import Inspection, inspect
-    from .manifest import Manifest, load_manifest
-    from .manifest_check import ManifestCheck, check_manifest
-    from .plan import Plan
+    from .plan.manifest import Manifest, load_manifest
+    from .plan.manifest_check import ManifestCheck, check_manifest
+    from .plan.plan import Plan
+    from .telling.errors import ConvertError, Fp8Error, ResumableError
     from .verification import Verification, verify
 
 _MODULES = {
-    "ConvertError": "errors",
+    "ConvertError": "telling.errors",
+    "Fp8Error": "telling.errors",
     "Inspection": "inspection",
-    "Manifest": "manifest",
-    "ManifestCheck": "manifest_check",
-    "Plan": "plan",
+    "Manifest": "plan.manifest",
+    "ManifestCheck": "plan.manifest_check",
+    "Plan": "plan.plan",
     "Result": "conversion",
-    "ResumableError": "errors",
+    "ResumableError": "telling.errors",
     "Verification": "verification",
-    "check_manifest": "manifest_check",
+    "check_manifest": "plan.manifest_check",
     "convert": "conversion",
     "inspect": "inspection",
-    "load_manifest": "manifest",
+    "load_manifest": "plan.manifest",
     "plan_conversion": "conversion",
     "verify": "verification",
 }
 
 __all__ = [
     "ConvertError",
+    "Fp8Error",
     "Inspection",
     "Manifest",
     "ManifestCheck",

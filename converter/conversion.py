@@ -10,19 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ConvertError
-from .layout import Block
-from .locate import SourceOptions, describe_source, open_files
-from .manifest import choose_manifest, load_manifest
-from .notebook import one_line
-from .progress import Progress, Silent
-from .quantities import change
-from .recipe import Recipe, parse_size
-from .source import Files, outline
-from .untrusted import check_text
+from .format.layout import Block
+from .format.untrusted import check_text
+from .plan.manifest import choose_manifest, load_manifest
+from .plan.recipe import Recipe, parse_size
+from .snapshot.access import SourceOptions
+from .snapshot.locate import describe_source, open_files
+from .snapshot.source import Files, outline
+from .telling.errors import ConvertError
+from .telling.notebook import one_line
+from .telling.progress import Progress, Silent
+from .telling.quantities import change
 
 if TYPE_CHECKING:
-    from .plan import Plan
+    from .plan.plan import Plan
 
 try:
     import resource
@@ -53,7 +54,7 @@ class Result:
         return one_line(self, self._summary)
 
     def _repr_html_(self) -> str:
-        from .plan import plan_html
+        from .plan.plan import plan_html
 
         return plan_html(self.plan, self._summary)
 
@@ -111,8 +112,8 @@ def plan_conversion(
     if headline := _headline(files, own.name if own else None):
         (progress or Silent()).say(headline)
     # Only now, since it imports PyTorch: what is begun was said.
-    from .plan import make_plan
-    from .scales import read_input_scales
+    from .plan.plan import make_plan
+    from .plan.scales import read_input_scales
 
     snapshot = describe_source(files, options)
     classes = {c.name: c.class_name for c in snapshot.components}
@@ -198,7 +199,7 @@ def convert(
     digest = None if force else _finished_already(plan, output, check, progress)
     already, resumed = digest is not None, 0
     if digest is None:
-        from .run import run
+        from .output.run import run
 
         plan, digest, resumed = run(
             plan,
@@ -240,9 +241,9 @@ def _finished_already(plan: Plan, output: Path, check: bool, progress: Progress)
     Raises ConvertError for a finished snapshot that is another one, or damaged.
     """
     from .finished import check_finished
-    from .record import check_record, read_record
-    from .run import conversion_key
-    from .target import journalled_key
+    from .output.record import check_record, read_record
+    from .output.run import conversion_key
+    from .output.target import journalled_key
 
     if journalled_key(output) == conversion_key(plan):
         return None  # this conversion was interrupted when all but the record's name was done: finish it

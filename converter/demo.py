@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
+from .cli.render import render_inspection, render_result, render_verification
 from .conversion import convert
-from .errors import ConvertError
+from .format.layout import RECORD_FILE
 from .inspection import inspect
-from .layout import RECORD_FILE
-from .modules import quiet_libraries
-from .progress import bars_of_libraries
-from .record import read_record
-from .render import render_inspection, render_result, render_verification
+from .output.record import read_record
+from .snapshot.modules import quiet_libraries
+from .telling.errors import ConvertError
+from .telling.progress import bars_of_libraries
 from .verification import verify
 
 _HIDDEN = 128

@@ -8,14 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from .errors import ConvertError
-from .plan import Plan
-from .progress import Progress
-from .reading import open_for_reading
-from .recipe import tool_version
-from .source import Shard, content_sha256
+from .output.writing import file_sha256
+from .plan.plan import Plan
+from .plan.recipe import tool_version
+from .snapshot.source import Shard, content_sha256
+from .stream.reading import open_for_reading
+from .telling.errors import ConvertError
+from .telling.progress import Progress
 from .verification import verify
-from .writing import file_sha256
 
 
 def check_finished(record: Mapping[str, Any], plan: Plan, folder: Path, *, check: bool, progress: Progress) -> None:

@@ -15,17 +15,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from . import layout
-from .errors import ConvertError
-from .header import TensorInfo, read_header
-from .locate import SourceOptions, check_variant, find_snapshot
-from .modules import module_map
-from .notebook import Brief, html_table, one_line
-from .quantities import byte_count, plural
-from .recipe import ACTIVATION_SCHEMES
-from .record import check_record, read_record
-from .source import CONFIG, Component, Files, LocalFiles, Shard
-from .unfinished import Unfinished, find_unfinished, is_published
+from .format import layout
+from .format.header import TensorInfo, read_header
+from .output.record import check_record, read_record
+from .output.unfinished import Unfinished, find_unfinished, is_published
+from .plan.recipe import ACTIVATION_SCHEMES
+from .snapshot.access import SourceOptions
+from .snapshot.locate import check_variant, find_snapshot
+from .snapshot.modules import module_map
+from .snapshot.source import CONFIG, Component, Files, LocalFiles, Shard
+from .telling.errors import ConvertError
+from .telling.notebook import Brief, html_table, one_line
+from .telling.quantities import byte_count, plural
 
 _FP8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _SCALE_DTYPES = ("F32", "F16", "BF16", "F64", "F8_E8M0")
@@ -202,7 +203,8 @@ def _view(component: Component, record: Mapping[str, Any], *, alone: bool = Fals
         kind = kinds.get(module) if tensor.name.endswith(layout.WEIGHT) else None
         what, mode, scheme = "kept", None, None
         if tensor.name in scales:
-            what, (mode, scheme) = "fp8", modules.get(module) or (None, _scheme(tensor, scales[tensor.name]))
+            what, how = "fp8", modules.get(module)
+            mode, scheme = (how.mode, how.scheme) if how else (None, _scheme(tensor, scales[tensor.name]))
         elif tensor.name in are_scales or tensor.name.endswith(_SCALES):
             what = "scale"
         why = _why(what, kind, tensor.dtype, record, module in ignored)
@@ -218,9 +220,9 @@ def _view(component: Component, record: Mapping[str, Any], *, alone: bool = Fals
     return ComponentView(component.name, component.class_name, method, tuple(groups), tuple(problems))
 
 
-def _stated_modules(component: Component) -> dict[str, tuple[str, str]]:
+def _stated_modules(component: Component) -> dict[str, layout.WeightFormat]:
     """The FP8 modules that the shards' metadata name. Raises ConvertError."""
-    modules: dict[str, tuple[str, str]] = {}
+    modules: dict[str, layout.WeightFormat] = {}
     for shard in component.shards:
         try:
             modules |= layout.decode_modules(shard.header.metadata)
@@ -255,7 +257,7 @@ def _scheme(weight: TensorInfo, scale: TensorInfo | None) -> str | None:
 def _faults(
     tensors: Mapping[str, TensorInfo],
     scales: Mapping[str, TensorInfo | None],
-    modules: Mapping[str, tuple[str, str]],
+    modules: Mapping[str, layout.WeightFormat],
 ) -> _Found:
     """FP8 weights that readers could not use, and what has lost its weight."""
     found: _Found = defaultdict(list)
@@ -279,14 +281,13 @@ def _faults(
     return found
 
 
-def _fits(weight: TensorInfo, scale: TensorInfo, stated: tuple[str, str] | None) -> bool:
+def _fits(weight: TensorInfo, scale: TensorInfo, stated: layout.WeightFormat | None) -> bool:
     """Whether a scale's dtype and shape are those that its scheme states, or that any tool's could be."""
     if stated is not None:
-        block = layout.scheme_block(stated[1])
-        if block is not None and len(weight.shape) != 2:
+        if stated.block is not None and len(weight.shape) != 2:
             return False
-        name = layout.scale_key(weight.name.removesuffix(layout.WEIGHT), block)
-        expected = layout.scale_shape(weight.shape, block)
+        name = stated.scale_key(weight.name.removesuffix(layout.WEIGHT))
+        expected = stated.scale_shape(weight.shape)
         return (scale.name, scale.dtype, scale.shape) == (name, "F32", expected)
     if scale.dtype not in _SCALE_DTYPES:
         return False

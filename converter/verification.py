@@ -17,22 +17,22 @@ from typing import Any
 
 import numpy as np
 
-from . import layout
-from .comparison import compare, described, open_original, recorded_classes, recorded_manifest
-from .errors import ConvertError
-from .finding import Finding
-from .header import Header, TensorInfo, read_header
-from .layout import STAGING
-from .locate import SourceOptions
-from .modules import module_map
-from .notebook import html_table, one_line
-from .progress import Progress, Silent
-from .quantities import plural
-from .recipe import ACTIVATION_SCHEMES
-from .record import check_record, read_record
-from .source import CONFIG, Component, LocalFiles, Shard, describe, require_folder
-from .untrusted import parse_json, read_whole
-from .writing import file_sha256
+from .checks.comparison import compare, described, open_original, recorded_classes, recorded_manifest
+from .checks.finding import Finding
+from .format import layout
+from .format.header import Header, TensorInfo, read_header
+from .format.layout import STAGING
+from .format.untrusted import parse_json, read_whole
+from .output.record import check_record, read_record
+from .output.writing import file_sha256
+from .plan.recipe import ACTIVATION_SCHEMES
+from .snapshot.access import SourceOptions
+from .snapshot.modules import module_map
+from .snapshot.source import CONFIG, Component, LocalFiles, Shard, describe, require_folder
+from .telling.errors import ConvertError
+from .telling.notebook import html_table, one_line
+from .telling.progress import Progress, Silent
+from .telling.quantities import plural
 
 _SCALE_BYTES_AT_ONCE = 1 << 20
 
@@ -220,10 +220,10 @@ def _check_shard(root: Path, shard: Shard) -> Iterator[Finding]:
         yield Finding(shard.path, f"has unreadable fp8_convert metadata ({error!s:.200})")
         return
     tensors = {t.name: t for t in shard.header.tensors}
-    for module, (mode, scheme) in modules.items():
+    for module, how in modules.items():
         if (weight := tensors.get(module + layout.WEIGHT)) is None:
             yield Finding(shard.path, f"its metadata name {module}, whose weight it does not hold")
-        elif problem := _weight_problem(module, mode, scheme, weight, tensors):
+        elif problem := _weight_problem(module, how, weight, tensors):
             yield Finding(shard.path, problem)
     for name, tensor in tensors.items():
         if tensor.dtype == "F8_E4M3" and name.removesuffix(layout.WEIGHT) not in modules:
@@ -238,18 +238,17 @@ def _check_shard(root: Path, shard: Shard) -> Iterator[Finding]:
 
 
 def _weight_problem(
-    module: str, mode: str, scheme: str, weight: TensorInfo, tensors: Mapping[str, TensorInfo]
+    module: str, how: layout.WeightFormat, weight: TensorInfo, tensors: Mapping[str, TensorInfo]
 ) -> str | None:
     """What is wrong with a weight that the metadata name, or with its scale."""
-    block = layout.scheme_block(scheme)
-    key = layout.scale_key(module, block)
+    key = how.scale_key(module)
     if weight.dtype != "F8_E4M3":
-        return f"{weight.name} is {weight.dtype}, and the metadata say {mode} {scheme}"
-    if block is not None and len(weight.shape) != 2:
+        return f"{weight.name} is {weight.dtype}, and the metadata say {how.mode} {how.scheme}"
+    if how.block is not None and len(weight.shape) != 2:
         return f"{weight.name} is {list(weight.shape)}, and block scales are for two dimensions"
     if (scale := tensors.get(key)) is None:
         return f"{weight.name} has no scale {key}"
-    expected = layout.scale_shape(weight.shape, block)
+    expected = how.scale_shape(weight.shape)
     if scale.dtype != "F32" or scale.shape != expected:
         return f"{key} is {scale.dtype} {list(scale.shape)} instead of F32 {list(expected)}"
     return None
@@ -257,13 +256,13 @@ def _weight_problem(
 
 def _check_component(component: Component, recorded: Mapping[str, int]) -> Iterator[Finding]:
     """Whether record and config tell exactly what the shards hold. recorded: numbers of FP8 modules by mode."""
-    modules: dict[str, tuple[str, str]] = {}
+    modules: dict[str, layout.WeightFormat] = {}
     try:
         for shard in component.shards:
             modules |= layout.decode_modules(shard.header.metadata)
     except ValueError:  # found in the shard
         return
-    if Counter(mode for mode, _ in modules.values()) != Counter(recorded):
+    if Counter(how.mode for how in modules.values()) != Counter(recorded):
         yield Finding(layout.RECORD_FILE, f"counts other FP8 modules in {component.label} than its shards hold")
     if modules:
         yield from _check_config(component, modules)
@@ -292,7 +291,7 @@ def _is_usable(scale: bytes) -> bool:
     return np.isfinite(value) and value > 0
 
 
-def _check_config(component: Component, modules: Mapping[str, tuple[str, str]]) -> Iterator[Finding]:
+def _check_config(component: Component, modules: Mapping[str, layout.WeightFormat]) -> Iterator[Finding]:
     """What readers take from the config: which layers are FP8, and how."""
     path = component.path(CONFIG)
     config = component.config.get(layout.CONFIG_KEY)
@@ -308,12 +307,12 @@ def _check_config(component: Component, modules: Mapping[str, tuple[str, str]]) 
     if built.problem:
         yield Finding(path, f"its layers cannot be checked: {built.problem}")
         return
-    schemes = set(modules.values())
-    blocks = {block for _, scheme in schemes if (block := layout.scheme_block(scheme))}
+    formats = set(modules.values())
+    blocks = {how.block for how in formats if how.block}
     methods = []
-    if plain := len(schemes) <= 1 and all(built.kinds.get(m) == "Linear" for m in modules):
+    if plain := len(formats) <= 1 and all(built.kinds.get(m) == "Linear" for m in modules):
         methods.append(layout.QUANT_METHOD)
-    if not plain or all(mode == layout.STORAGE for mode, _ in schemes):  # for a DiT "fp8" would mean W8A8
+    if not plain or all(how.mode == layout.STORAGE for how in formats):  # for a DiT "fp8" would mean W8A8
         methods.append(layout.QUANT_METHOD_NATIVE)
     native = config["quant_method"] == layout.QUANT_METHOD_NATIVE
     expected: dict[str, list[Any]] = {
@@ -330,8 +329,8 @@ def _check_config(component: Component, modules: Mapping[str, tuple[str, str]]) 
         yield Finding(path, "ignored_layers are not exactly the linear layers that are not FP8")
     if config["activation_scheme"] == "static":
         names = {t.name for t in component.tensors}
-        for module, (mode, _) in modules.items():
-            if mode == layout.W8A8 and module + layout.INPUT_SCALE not in names:
+        for module, how in modules.items():
+            if how.mode == layout.W8A8 and module + layout.INPUT_SCALE not in names:
                 yield Finding(path, f"activations are static and {module} has no input_scale")
 
 

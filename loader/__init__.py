@@ -4,7 +4,7 @@ Importing this package also registers the quantizers that let plain `from_pretra
 VAEs.
 """
 
-from .checkpoint import LoadError
+from ..converter.telling.errors import LoadError
 from .pipeline import load_component, load_pipeline
 from .quantizer import Fp8Config, register
 from .report import Report, report

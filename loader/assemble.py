@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from ..converter.source import MODEL_INDEX, LocalFiles, read_json
+from ..converter.snapshot.source import MODEL_INDEX, LocalFiles, read_json
+from ..converter.telling.errors import LoadError
 from .build import default_dtype
-from .checkpoint import LoadError, one_line
+from .checkpoint import one_line
 
 
 def assemble(root: Path, given: Mapping[str, Any], dtype: torch.dtype, variant: str | None) -> Any:

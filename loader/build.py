@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..converter import layout
-from ..converter.errors import ConvertError
-from ..converter.modules import bounded, quiet_libraries
-from ..converter.source import CONFIG, Component
+from ..converter.format import layout
+from ..converter.snapshot.modules import bounded, quiet_libraries
+from ..converter.snapshot.source import CONFIG, Component
+from ..converter.telling.errors import ConvertError, LoadError
 from .backend import Choice
-from .checkpoint import LoadError, one_line
+from .checkpoint import one_line
 from .install import install
 
 _SCALES = (layout.WEIGHT_SCALE, layout.WEIGHT_SCALE_INV, layout.INPUT_SCALE)
@@ -74,7 +74,7 @@ def tensor_names(model: Any, keys: Iterable[str], fp8: Iterable[str]) -> dict[st
 
 def install_all(
     model: nn.Module,
-    modules: Mapping[str, tuple[str, str]],
+    modules: Mapping[str, layout.WeightFormat],
     names: Mapping[str, str],
     *,
     dtype: torch.dtype,
@@ -82,19 +82,18 @@ def install_all(
     backend: Choice,
     label: str,
 ) -> None:
-    """Turns each of `modules` (checkpoint names to mode and scheme) into its FP8 form, still without
+    """Turns each of `modules` (by checkpoint name) into its FP8 form, still without
     memory.
     """
     parts = dict(model.named_modules())
-    for name, (mode, scheme) in modules.items():
+    for name, how in modules.items():
         own = names[name + layout.WEIGHT].removesuffix(layout.WEIGHT)
         if own not in parts:
             raise LoadError(f"{label} has the FP8 weight {name}, but {type(model).__name__} has no module {own}.")
         try:
             install(
                 parts[own],
-                mode,  # type: ignore[arg-type]
-                scheme,
+                how,
                 dtype=dtype,
                 activation_scheme=activation_scheme,
                 backend=backend,

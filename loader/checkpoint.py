@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 
-from ..converter import layout
-from ..converter.header import TensorInfo
-from ..converter.hub import HubFiles, download
-from ..converter.layout import STAGING
-from ..converter.locate import SourceOptions, find_snapshot
-from ..converter.record import read_record
-from ..converter.source import CONFIG, Component, LocalFiles, Snapshot, describe, needed_files
+from ..converter.format import layout
+from ..converter.format.header import TensorInfo
+from ..converter.format.layout import STAGING, WeightFormat
+from ..converter.output.record import read_record
+from ..converter.snapshot.access import SourceOptions
+from ..converter.snapshot.hub import HubFiles, download
+from ..converter.snapshot.locate import find_snapshot
+from ..converter.snapshot.source import CONFIG, Component, LocalFiles, Snapshot, describe, needed_files
+from ..converter.telling.errors import LoadError
 from .config import METHODS, config_problem
 
-
-class LoadError(RuntimeError):
-    """A snapshot that cannot be loaded as it claims; one sentence: what, where, what to do."""
+_SCALAR_SHAPES: list[tuple[int, ...]] = [(), (1,)]  # [1] is how some other tools write a scalar
 
 
 def one_line(error: BaseException) -> str:
@@ -36,11 +36,11 @@ def one_line(error: BaseException) -> str:
 class Fp8Modules:
     """The FP8 modules that a component's checkpoint holds.
 
-    `modules` maps checkpoint names to (mode, scheme); `config` is what config.json has under
+    `modules` are by checkpoint name; `config` is what config.json has under
     `quantization_config`.
     """
 
-    modules: Mapping[str, tuple[str, str]]
+    modules: Mapping[str, WeightFormat]
     config: Mapping[str, Any]
 
     @property
@@ -120,13 +120,13 @@ def fp8_modules(component: Component) -> Fp8Modules:
     """
     config = _config_of(component)
     tensors = {t.name: t for t in component.tensors}
-    stated: dict[str, tuple[str, str]] = {}
+    stated: dict[str, WeightFormat] = {}
     for shard in component.shards:
         try:
             stated |= layout.decode_modules(shard.header.metadata)
         except ValueError as error:
             raise LoadError(f"{shard.path} has damaged FP8 metadata ({error}); convert the snapshot again.") from error
-    found: dict[str, tuple[str, str]] = {}
+    found: dict[str, WeightFormat] = {}
     for tensor in tensors.values():
         if tensor.dtype != "F8_E4M3":
             continue
@@ -134,14 +134,14 @@ def fp8_modules(component: Component) -> Fp8Modules:
         if not tensor.name.endswith(layout.WEIGHT):
             raise LoadError(f"{tensor.name} of {component.label} holds FP8 codes but is no weight; convert it again.")
         found[module] = stated.get(module) or _guess(component, module, tensors, config)
-        block = layout.scheme_block(found[module][1])
-        scale = tensors.get(layout.scale_key(module, block))
+        key = found[module].scale_key(module)
+        scale = tensors.get(key)
         if scale is None:
             raise LoadError(
-                f"{tensor.name} of {component.label} holds FP8 codes, but {layout.scale_key(module, block)} is "
+                f"{tensor.name} of {component.label} holds FP8 codes, but {key} is "
                 "missing; without its scale the weight is wrong: convert the snapshot again."
             )
-        if scale.dtype != "F32" or scale.shape not in _scale_shapes(tensor.shape, block):
+        if scale.dtype != "F32" or scale.shape not in _scale_shapes(tensor.shape, found[module]):
             raise LoadError(
                 f"{scale.name} of {component.label} is {scale.dtype} {list(scale.shape)}, which is no scale for "
                 f"{tensor.name} {list(tensor.shape)}; convert the snapshot again."
@@ -164,7 +164,7 @@ def check_record(root: Path, component: Component, found: Fp8Modules) -> str | N
     entry = record["components"].get(component.name) if record is not None else None
     if entry is not None:
         for mode, count in entry["fp8_modules"].items():
-            here = sum(1 for m, _ in found.modules.values() if m == mode)
+            here = sum(1 for how in found.modules.values() if how.mode == mode)
             if here != count:
                 return f"the record counts {count} {mode} modules, the shards hold {here}"
     ignored = found.config.get("ignored_layers") or []
@@ -199,28 +199,28 @@ def _config_of(component: Component) -> dict[str, Any]:
     return dict(config)
 
 
-def _scale_shapes(shape: tuple[int, ...], block: layout.Block | None) -> list[tuple[int, ...]]:
-    if block is None:
-        return [(), (1,)]  # [1] is how some other tools write a scalar
-    return [layout.scale_shape(shape, block)] if len(shape) == 2 else []
+def _scale_shapes(shape: tuple[int, ...], how: WeightFormat) -> list[tuple[int, ...]]:
+    if how.block is None:
+        return _SCALAR_SHAPES
+    return [how.scale_shape(shape)] if len(shape) == 2 else []
 
 
-def _guess(component: Component, module: str, tensors: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, str]:
+def _guess(component: Component, module: str, tensors: Mapping[str, Any], config: Mapping[str, Any]) -> WeightFormat:
     """Mode and scheme of an FP8 weight that no shard's metadata names: another tool's, or rewritten since."""
     mode = layout.W8A8 if "transformer" in f"{component.name} {component.class_name}".lower() else layout.STORAGE
     if len(tensors[module + layout.WEIGHT].shape) != 2:
         mode = layout.STORAGE
     if module + layout.WEIGHT_SCALE_INV in tensors:
         size = config.get("weight_block_size") or (128, 128)
-        return mode, layout.scheme_name((int(size[0]), int(size[1])))
-    return mode, layout.SCHEME_TENSOR
+        return WeightFormat(mode, (int(size[0]), int(size[1])))
+    return WeightFormat(mode)
 
 
 def _check_input_scales(
-    component: Component, found: Mapping[str, tuple[str, str]], tensors: Mapping[str, TensorInfo]
+    component: Component, found: Mapping[str, WeightFormat], tensors: Mapping[str, TensorInfo]
 ) -> None:
-    for module, (mode, _) in found.items():
-        if mode != layout.W8A8:
+    for module, how in found.items():
+        if how.mode != layout.W8A8:
             continue
         scale = tensors.get(module + layout.INPUT_SCALE)
         if scale is None:
@@ -228,7 +228,7 @@ def _check_input_scales(
                 f"{component.label} has the static activation scheme, but {module}{layout.INPUT_SCALE} is missing; "
                 "convert it with --activation-scheme dynamic, or with calibrated --input-scales."
             )
-        if scale.dtype != "F32" or scale.shape not in _scale_shapes((), None):
+        if scale.dtype != "F32" or scale.shape not in _SCALAR_SHAPES:
             raise LoadError(
                 f"{scale.name} of {component.label} is {scale.dtype} {list(scale.shape)}, which is no activation "
                 "scale; convert the snapshot again."

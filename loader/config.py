@@ -8,7 +8,7 @@ import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from ..converter import layout
+from ..converter.format import layout
 
 METHODS = (layout.QUANT_METHOD, layout.QUANT_METHOD_NATIVE)
 CONFIG_KEYS = (

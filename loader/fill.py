@@ -15,13 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..converter.header import TensorInfo
-from ..converter.plan import ShardPlan
-from ..converter.reading import BufferPool, Span, SpanReader, open_for_reading, read_exactly
-from ..converter.source import Shard
-from ..converter.stream import Engine, measure, stream_shard
+from ..converter.format.header import TensorInfo
+from ..converter.plan.plan import ShardPlan
+from ..converter.snapshot.source import Shard
+from ..converter.stream.reading import BufferPool, Span, SpanReader, open_for_reading, read_exactly
+from ..converter.stream.shard_stream import Engine, measure, stream_shard
+from ..converter.telling.errors import LoadError
 from .build import target_dtype
-from .checkpoint import LoadError, check_scale
+from .checkpoint import check_scale
 from .weights import SCALES, Fp8Weight
 
 SPAN_BYTES = 64 * 1024 * 1024

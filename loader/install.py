@@ -5,17 +5,16 @@ from typing import cast
 import torch
 from torch import nn
 
-from ..converter import layout
+from ..converter.format.layout import STORAGE, W8A8, WeightFormat
 from .backend import Choice
 from .linear import W8A8LinearMixin
 from .storage import StorageConvMixin, StorageLinearMixin
-from .weights import Fp8Weight, Mode, become_fp8
+from .weights import Fp8Weight, become_fp8
 
 
 def install(
     module: nn.Module,
-    mode: Mode,
-    scheme: str,
+    how: WeightFormat,
     *,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "meta",
@@ -25,26 +24,24 @@ def install(
 ) -> Fp8Weight:
     """Changes `module` in place into its FP8 form, its codes and scales not yet filled; returns it.
 
-    `mode` is "w8a8" (`nn.Linear`) or "storage" (`nn.Linear`, `nn.Conv2d`, `nn.Conv3d` and subclasses);
-    `scheme` is "tensor" or "block{bn}x{bk}". The plain weight is dropped. `name` is for messages. Raises
-    TypeError for a module of another kind, ValueError for a scheme that the mode or the weight's shape does
-    not allow.
+    how: mode "w8a8" is for `nn.Linear`, "storage" for `nn.Linear`, `nn.Conv2d`, `nn.Conv3d` and their subclasses.
+    name: for messages. The plain weight is dropped. Raises TypeError for a module of another kind, ValueError for a
+    block that the activation scheme or the weight's shape does not allow.
     """
     where = f"{name} ({type(module).__name__})" if name else type(module).__name__
     if isinstance(module, Fp8Weight):
         raise TypeError(f"{where} is FP8 already")
-    static = activation_scheme == "static" and mode == "w8a8"
-    block = layout.scheme_block(scheme)
-    if static and block:
-        raise ValueError(f"{where}: static activation scales go with per-tensor weights, not with {scheme}")
+    static = activation_scheme == "static" and how.mode == W8A8
+    if static and how.block:
+        raise ValueError(f"{where}: static activation scales go with per-tensor weights, not with {how.scheme}")
     if isinstance(module, nn.Linear):
         if type(module).forward is not nn.Linear.forward:
             raise TypeError(f"{where} has a forward of its own, which FP8 weights would bypass: ignore this layer")
-        if mode == "w8a8":
-            made = become_fp8(module, W8A8LinearMixin, block, dtype, device, static)
+        if how.mode == W8A8:
+            made = become_fp8(module, W8A8LinearMixin, how.block, dtype, device, static)
             cast(W8A8LinearMixin, made).backend = backend
             return made
-        return become_fp8(module, StorageLinearMixin, block, dtype, device)
-    if isinstance(module, (nn.Conv2d, nn.Conv3d)) and mode == "storage":
-        return become_fp8(module, StorageConvMixin, block, dtype, device)
-    raise TypeError(f"{where} cannot hold FP8 weights in mode {mode!r}")
+        return become_fp8(module, StorageLinearMixin, how.block, dtype, device)
+    if isinstance(module, (nn.Conv2d, nn.Conv3d)) and how.mode == STORAGE:
+        return become_fp8(module, StorageConvMixin, how.block, dtype, device)
+    raise TypeError(f"{where} cannot hold FP8 weights in mode {how.mode!r}")

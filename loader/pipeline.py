@@ -14,18 +14,18 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from ..converter import layout
-from ..converter.locate import SourceOptions
-from ..converter.record import read_record
-from ..converter.source import Component, Snapshot
-from ..converter.stream import Engine
+from ..converter.format import layout
+from ..converter.output.record import read_record
+from ..converter.snapshot.access import SourceOptions
+from ..converter.snapshot.source import Component, Snapshot
+from ..converter.stream.shard_stream import Engine
+from ..converter.telling.errors import LoadError
 from .arguments import choose_device, choose_dtype, without_habits
 from .assemble import accepted_arguments, assemble, pipeline_class
 from .backend import Choice
 from .build import build, install_all, tensor_names
 from .checkpoint import (
     Fp8Modules,
-    LoadError,
     check_digests,
     check_record,
     fetched,

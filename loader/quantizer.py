@@ -20,15 +20,16 @@ from transformers.quantizers import auto as transformers_auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..converter import layout
-from ..converter.header import read_header
-from ..converter.manifest import choose_manifest
-from ..converter.plan import ComponentPlan, make_plan
-from ..converter.recipe import Recipe
-from ..converter.source import CONFIG, MODEL_INDEX, Component, LocalFiles, Shard, Snapshot, read_json
-from ..converter.stream import Engine, measure, stream_shard
+from ..converter.format import layout
+from ..converter.format.header import read_header
+from ..converter.plan.manifest import choose_manifest
+from ..converter.plan.plan import ComponentPlan, make_plan
+from ..converter.plan.recipe import Recipe
+from ..converter.snapshot.source import CONFIG, MODEL_INDEX, Component, LocalFiles, Shard, Snapshot, read_json
+from ..converter.stream.shard_stream import Engine, measure, stream_shard
+from ..converter.telling.errors import LoadError
 from .build import install_all, tensor_names
-from .checkpoint import Fp8Modules, LoadError, check_scale, fp8_modules
+from .checkpoint import Fp8Modules, check_scale, fp8_modules
 from .config import config_problem
 from .weights import Fp8Weight
 
@@ -291,11 +292,7 @@ def refuse_fuse_lora(*_: Any, **__: Any) -> None:
 
 def planned_modules(plan: ComponentPlan) -> Fp8Modules:
     """The FP8 modules that a conversion will make of a component."""
-    modules = {
-        t.module: (t.decision.mode, t.decision.scheme)
-        for t in plan.tensors
-        if t.decision.mode is not None and t.decision.scheme is not None
-    }
+    modules = {t.module: t.decision.format for t in plan.tensors if t.decision.format is not None}
     return Fp8Modules(modules, (plan.config or {}).get(layout.CONFIG_KEY) or {})
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..converter import layout
-from ..converter.notebook import Brief
+from ..converter.format import layout
+from ..converter.telling.notebook import Brief
 from .checkpoint import Fp8Modules
 from .linear import W8A8LinearMixin
 from .weights import Fp8Weight
@@ -159,7 +159,7 @@ def _component(name: str, model: nn.Module) -> ComponentReport:
     promised: Fp8Modules = getattr(quantizer, "fp8", Fp8Modules({}, {}))
     own: Mapping[str, str] = getattr(quantizer, "names", {})
     installed = {n.replace(".base_layer", ""): m for n, m in model.named_modules() if isinstance(m, Fp8Weight)}
-    expected = {own[n]: mode for n, (mode, _) in promised.modules.items()} if own else {}
+    expected = {own[n]: how.mode for n, how in promised.modules.items()} if own else {}
     wrong = [n for n, mode in expected.items() if n not in installed or installed[n].mode != mode]
     tensors = [*model.parameters(), *model.buffers()]
     at_rest = sum(t.numel() * t.element_size() for t in tensors)

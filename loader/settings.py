@@ -8,14 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..converter import layout
-from ..converter.manifest import choose_manifest, load_manifest
-from ..converter.pattern import matches
-from ..converter.plan import ComponentPlan, make_plan
-from ..converter.recipe import Recipe
-from ..converter.scales import read_input_scales
-from ..converter.source import Component, Snapshot
-from .checkpoint import LoadError, fp8_modules, is_converted, record_of
+from ..converter.format import layout
+from ..converter.plan.manifest import choose_manifest, load_manifest
+from ..converter.plan.pattern import matches
+from ..converter.plan.plan import ComponentPlan, make_plan
+from ..converter.plan.recipe import Recipe
+from ..converter.plan.scales import read_input_scales
+from ..converter.snapshot.source import Component, Snapshot
+from ..converter.telling.errors import LoadError
+from .checkpoint import fp8_modules, is_converted, record_of
 from .config import config_problem
 
 Settings = Mapping[str, Mapping[str, Any] | None]
@@ -121,7 +122,7 @@ def _check_agreement(component: Component, settings: Mapping[str, Any] | None) -
         raise ValueError(f"{said}, but quantization_config keeps it as it was; load the original snapshot.")
     if settings.get("input_scales") is not None:
         raise ValueError(f"{said} and brings its own input scales; drop input_scales, or convert the original anew.")
-    w8a8 = [name for name, (mode, _) in found.modules.items() if mode == layout.W8A8]
+    w8a8 = [name for name, how in found.modules.items() if how.mode == layout.W8A8]
     if not w8a8:
         return
     if (scheme := settings.get("activation_scheme", found.activation_scheme)) != found.activation_scheme:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from ..converter import layout
+from ..converter.format import layout
 from . import kernels
 from .checkpoint import check_scale
 
@@ -51,7 +51,7 @@ class Fp8Weight(nn.Module):
     @property
     def scheme(self) -> str:
         """ "tensor" or "block{bn}x{bk}", as the shards' metadata spells it."""
-        return layout.scheme_name(self.block)
+        return layout.WeightFormat(self.mode, self.block).scheme
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight in `dtype`, a new tensor: float32(codes) * scale, rounded once."""
@@ -160,7 +160,7 @@ def become_fp8(
     made._parameters["weight"] = nn.Parameter(codes, requires_grad=False)
     made.register_buffer(
         WEIGHT_SCALE_INV if block else WEIGHT_SCALE,
-        torch.empty(layout.scale_shape(shape, block), dtype=torch.float32, device=device),
+        torch.empty(layout.WeightFormat(mixin.mode, block).scale_shape(shape), dtype=torch.float32, device=device),
     )
     if static:
         made.register_buffer(INPUT_SCALE, torch.empty((), dtype=torch.float32, device=device))

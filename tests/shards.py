@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import reference
-from fp8_convert.converter.decide import Decision, PlannedTensor
-from fp8_convert.converter.header import TensorInfo, read_header
-from fp8_convert.converter.layout import STORAGE, W8A8
-from fp8_convert.converter.plan import ShardPlan, _plan_shard
-from fp8_convert.converter.source import Component, Shard
 from hypothesis import strategies as st
+
+from fp8_convert.converter.format.header import TensorInfo, read_header
+from fp8_convert.converter.format.layout import STORAGE, W8A8, WeightFormat
+from fp8_convert.converter.plan.decide import Decision, PlannedTensor
+from fp8_convert.converter.plan.plan import ShardPlan, _plan_shard
+from fp8_convert.converter.snapshot.source import Component, Shard
 
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8, "U8": 1, "BOOL": 1}
 KEPT = Decision("rule", "kept")
@@ -90,7 +91,7 @@ class Weights:
 
 
 def fp8(block: tuple[int, int] | None = None, group: str | None = None) -> Decision:
-    return Decision("rule", "why", "Linear", W8A8 if block is None else STORAGE, block, group)
+    return Decision("rule", "why", "Linear", WeightFormat(W8A8 if block is None else STORAGE, block), group)
 
 
 def random_tensor(dtype: str, shape: tuple[int, ...], seed: int) -> reference.Tensor:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from fp8_convert.converter import convert, verify
-from fp8_convert.converter.cli import main
 from hub_server import HubServer, running_hub
 from pipelines import copied, saved
+
+from fp8_convert.converter import convert, verify
+from fp8_convert.converter.cli.commands import main
 
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -91,7 +92,7 @@ def test_every_option_of_the_readme_exists() -> None:
 
 
 def test_sizes_are_the_golden_ones() -> None:
-    golden = json.loads((ROOT / "tests" / "golden_manifests.json").read_text())
+    golden = json.loads((ROOT / "tests" / "converter" / "plan" / "golden_manifests.json").read_text())
     rows = {
         "Qwen-Image, -2512": "qwen-image",
         "Qwen-Image-Edit, -2509, -2511": "qwen-image-edit",

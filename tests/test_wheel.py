@@ -44,9 +44,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         check=True,
     ).stdout
     for name in filter(None, names.split("\0")):
-        if (ROOT / name).is_file() and not is_ignored(name):
+        if (ROOT / name).exists() and not is_ignored(name):
             (folder / "src" / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / "src" / name).write_bytes((ROOT / name).read_bytes())
+            shutil.copyfile(ROOT / name, folder / "src" / name, follow_symlinks=False)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*command, "--wheel-dir", str(folder), str(folder / "src")], check=True)
     return next(folder.glob("*.whl"))
@@ -54,14 +54,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel_holds_every_module(wheel: Path) -> None:
     inside = {n for n in zipfile.ZipFile(wheel).namelist() if n.startswith("fp8_convert/")}
-    compiled = {n for n in inside if n.startswith("fp8_convert/converter/_e4m3.") and n.endswith(".so")}
+    compiled = {n for n in inside if n.startswith("fp8_convert/converter/stream/_e4m3.") and n.endswith(".so")}
     assert len(compiled) == (1 if shutil.which("cc") else 0)
     expected = {
         f"fp8_convert/{path.relative_to(ROOT).as_posix()}"
-        for package in ("command", "converter", "loader", "manifests")
+        for package in ("converter", "loader", "manifests")
         for path in (ROOT / package).rglob("*")
-        if path.suffix in (".py", ".toml") or path.name == "py.typed"
+        if path.suffix in (".py", ".toml")
     }
+    expected |= {"fp8_convert/__init__.py", "fp8_convert/py.typed"}
     assert inside - compiled == expected
 
 

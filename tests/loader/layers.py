@@ -3,9 +3,11 @@
 import copy
 
 import torch
+from torch import Tensor, nn
+
+from fp8_convert.converter.format.layout import WeightFormat
 from fp8_convert.loader.install import install
 from fp8_convert.loader.weights import Fp8Weight
-from torch import Tensor, nn
 
 
 def quantized(weight: Tensor, block: int | None) -> tuple[Tensor, Tensor]:
@@ -28,8 +30,8 @@ def quantized(weight: Tensor, block: int | None) -> tuple[Tensor, Tensor]:
 def fp8_twin(layer: nn.Module, mode: str, block: int | None = None, **options: object) -> Fp8Weight:
     """A copy of `layer` as an FP8 layer that holds its quantised weight, on the same device."""
     codes, scale = quantized(layer.weight.data, block)
-    scheme = "tensor" if block is None else f"block{block}x{block}"
-    twin = install(copy.deepcopy(layer), mode, scheme, dtype=layer.weight.dtype, device=layer.weight.device, **options)
+    how = WeightFormat(mode, block and (block, block))
+    twin = install(copy.deepcopy(layer), how, dtype=layer.weight.dtype, device=layer.weight.device, **options)
     twin.codes.copy_(codes)
     twin.scale.copy_(scale)
     return twin

@@ -9,11 +9,12 @@ from unittest import mock
 
 import pipelines
 import torch
+from PIL import Image
+from torch import Tensor, nn
+
 from fp8_convert.converter import convert
 from fp8_convert.loader import load_pipeline
 from fp8_convert.loader.weights import Fp8Weight
-from PIL import Image
-from torch import Tensor, nn
 
 # torchvision, which the processors of these pipelines need, has no CPU build for every torch.
 WITHOUT_PROCESSOR = ("qwen_image_edit", "qwen_image_layered")

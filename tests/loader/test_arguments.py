@@ -9,9 +9,10 @@ import pipelines
 import pytest
 import torch
 from diffusers import DiffusionPipeline, ZImageTransformer2DModel
+from runs import assert_same_weights, converted
+
 from fp8_convert.converter import ConvertError, convert
 from fp8_convert.loader import LoadError, load_component, load_pipeline, report
-from runs import assert_same_weights, converted
 
 SOURCE, TRANSFORMER = "z_image", "transformer"
 
@@ -275,7 +276,7 @@ def test_variants() -> None:
 
 
 def test_an_unfinished_conversion_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fp8_convert.converter import target
+    from fp8_convert.converter.output import target
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

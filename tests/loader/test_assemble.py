@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 from diffusers import DiffusionPipeline
+from runs import converted
+
 from fp8_convert.converter import ConvertError
 from fp8_convert.loader import LoadError, load_component, load_pipeline
-from runs import converted
 
 
 @pytest.fixture

@@ -10,14 +10,15 @@ import pipelines
 import pytest
 from damage import set_config
 from diffusers import ZImageTransformer2DModel
-from fp8_convert.converter.locate import SourceOptions
-from fp8_convert.loader import Fp8Config, LoadError, load_component, load_pipeline
-from fp8_convert.loader.checkpoint import fp8_modules, is_converted, open_snapshot
-from fp8_convert.loader.settings import settings_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from runs import converted
 from transformers import Qwen3Model
+
+from fp8_convert.converter.snapshot.access import SourceOptions
+from fp8_convert.loader import Fp8Config, LoadError, load_component, load_pipeline
+from fp8_convert.loader.checkpoint import fp8_modules, is_converted, open_snapshot
+from fp8_convert.loader.settings import settings_for
 
 GOOD: dict[str, Any] = {
     "quant_method": "fp8",

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fp8_convert.loader import kernels
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

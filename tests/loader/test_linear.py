@@ -4,11 +4,13 @@ import logging
 
 import pytest
 import torch
+from layers import dequantized_twin, fp8_twin
+from torch import Tensor, nn
+
+from fp8_convert.converter.format.layout import WeightFormat
 from fp8_convert.loader import backend, linear
 from fp8_convert.loader.install import install
 from fp8_convert.loader.weights import Fp8Weight
-from layers import dequantized_twin, fp8_twin
-from torch import Tensor, nn
 
 # Of the norm: the rounding of the result's dtype and, on CUDA, the accumulators of the FP8 matrix units, which keep 14
 # bits. Quantisation noise itself is 4e-2.
@@ -207,32 +209,22 @@ def test_one_seam_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == ["rows"]
 
 
+OWN_FORWARD = type("Own", (nn.Linear,), {"forward": lambda self, x: x})
+
+
 @pytest.mark.parametrize(
-    ("module", "mode", "scheme", "options", "message"),
+    ("module", "how", "options", "message"),
     [
-        (nn.Embedding(4, 4), "storage", "tensor", {}, "cannot hold FP8 weights"),
-        (nn.Conv2d(2, 2, 1), "w8a8", "tensor", {}, "cannot hold FP8 weights in mode 'w8a8'"),
-        (nn.Linear(4, 4), "w8a8", "rows", {}, "unknown scheme 'rows'"),
-        (
-            nn.Linear(4, 4),
-            "w8a8",
-            "block128x128",
-            {"activation_scheme": "static"},
-            "go with per-tensor weights",
-        ),
-        (nn.Conv2d(2, 2, 1), "storage", "block128x128", {}, "block scales are for linear weights"),
-        (
-            type("Own", (nn.Linear,), {"forward": lambda self, x: x})(4, 4),
-            "w8a8",
-            "tensor",
-            {},
-            "a forward of its own",
-        ),
+        (nn.Embedding(4, 4), WeightFormat("storage"), {}, "cannot hold FP8 weights"),
+        (nn.Conv2d(2, 2, 1), WeightFormat("w8a8"), {}, "cannot hold FP8 weights in mode 'w8a8'"),
+        (nn.Linear(4, 4), WeightFormat("w8a8", (128, 128)), {"activation_scheme": "static"}, "go with per-tensor"),
+        (nn.Conv2d(2, 2, 1), WeightFormat("storage", (128, 128)), {}, "block scales are for linear weights"),
+        (OWN_FORWARD(4, 4), WeightFormat("w8a8"), {}, "a forward of its own"),
     ],
-    ids=["embedding", "w8a8-conv", "scheme", "static-block", "conv-block", "own-forward"],
+    ids=["embedding", "w8a8-conv", "static-block", "conv-block", "own-forward"],
 )
 def test_what_cannot_be_fp8_is_refused(
-    module: nn.Module, mode: str, scheme: str, options: dict[str, str], message: str
+    module: nn.Module, how: WeightFormat, options: dict[str, str], message: str
 ) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
-        install(module, mode, scheme, name="block.layer", **options)
+        install(module, how, name="block.layer", **options)

@@ -7,13 +7,14 @@ from pathlib import Path
 import pipelines
 import pytest
 import torch
-from fp8_convert.converter import ConvertError, convert
-from fp8_convert.loader import LoadError, load_component, load_pipeline, report
-from fp8_convert.loader.weights import Fp8Weight
 from runs import assert_same_weights, bf16, converted, modules_of, psnr, quiet, replaced, run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+from fp8_convert.converter import ConvertError, convert
+from fp8_convert.loader import LoadError, load_component, load_pipeline, report
+from fp8_convert.loader.weights import Fp8Weight
 
 NAMES = ["z_image", "qwen_image", "wan22", "flux", "qwen_image_edit", "qwen_image_layered"]
 

@@ -16,12 +16,13 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-from fp8_convert.loader import Fp8Config, load_component, load_pipeline, report
-from fp8_convert.loader.quantizer import Fp8DiffusersQuantizer, register
-from fp8_convert.loader.weights import Fp8Weight
 from runs import assert_same_weights, converted, quiet, run
 from safetensors.torch import load_file, save_file
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as TRANSFORMERS_MAPPING
+
+from fp8_convert.loader import Fp8Config, load_component, load_pipeline, report
+from fp8_convert.loader.quantizer import Fp8DiffusersQuantizer, register
+from fp8_convert.loader.weights import Fp8Weight
 
 CLASSES = {
     ("z_image", "transformer"): ZImageTransformer2DModel,

@@ -15,12 +15,13 @@ import torch
 from accelerate import cpu_offload
 from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
 from diffusers.hooks import apply_group_offloading
-from fp8_convert.loader import load_pipeline, report
-from fp8_convert.loader.weights import Fp8Weight
 from runs import assert_same_weights, bf16, dequantised, loaded, modules_of, psnr, quiet
 from runs import run as run_to_pixels
 from safetensors import safe_open
 from torch import Tensor, nn
+
+from fp8_convert.loader import load_pipeline, report
+from fp8_convert.loader.weights import Fp8Weight
 
 PIPELINES = {
     "z_image": ("z_image", {}),

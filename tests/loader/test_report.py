@@ -5,10 +5,11 @@ import json
 from html.parser import HTMLParser
 
 import torch
-from fp8_convert.loader import Report, load_pipeline, report
-from fp8_convert.loader.report import ComponentReport
 from runs import converted
 from torch import nn
+
+from fp8_convert.loader import Report, load_pipeline, report
+from fp8_convert.loader.report import ComponentReport
 
 BAD = ComponentReport(
     "<vae>", "A&B", "cpu", "torch.bfloat16", {"storage": 2}, {"storage": 1}, ("layers.<0>",), ("other",), 10, 20, {}

@@ -8,16 +8,18 @@ import pytest
 import torch
 from damage import LAYER, SHARD, set_float
 from diffusers import ZImageTransformer2DModel
-from fp8_convert.converter import convert
-from fp8_convert.converter.header import TensorInfo
-from fp8_convert.loader import LoadError, load_component, load_pipeline
-from fp8_convert.loader.fill import Filler
-from fp8_convert.loader.install import install
 from layers import fp8_twin
 from pipelines import saved
 from runs import converted
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+from fp8_convert.converter import convert
+from fp8_convert.converter.format.header import TensorInfo
+from fp8_convert.converter.format.layout import WeightFormat
+from fp8_convert.loader import LoadError, load_component, load_pipeline
+from fp8_convert.loader.fill import Filler
+from fp8_convert.loader.install import install
 
 BAD = [math.nan, math.inf, -math.inf, 0.0, -0.0, -1.0]
 SCALE = f"{LAYER}.weight_scale"
@@ -99,7 +101,7 @@ def test_state_dicts(value: float, block: int | None) -> None:
 @pytest.mark.parametrize("cut", range(1, 16))
 def test_pieces_that_end_within_a_number_are_checked_in_host_memory(cut: int) -> None:
     """What CUDA gets: bytes in pieces, into memory that cannot be looked at (here there is none at all)."""
-    module = install(nn.Linear(256, 256), "storage", "block128x128")
+    module = install(nn.Linear(256, 256), WeightFormat("storage", (128, 128)))
     info = TensorInfo("weight_scale_inv", "F32", (2, 2), 0, 16)
     for last in (1.0, math.nan):
         raw = torch.tensor([1.0, 2.0, 3.0, last]).view(torch.uint8)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
-from fp8_convert.loader import kernels
 from layers import dequantized_twin, fp8_twin
 from torch import nn
+
+from fp8_convert.loader import kernels
 
 LAYERS = {
     "linear": (lambda: nn.Linear(200, 136), (3, 5, 200)),

@@ -5,9 +5,10 @@ import pickle
 
 import pytest
 import torch
-from fp8_convert.loader.weights import Fp8Weight
 from layers import fp8_twin
 from torch import nn
+
+from fp8_convert.loader.weights import Fp8Weight
 
 CASES = {
     "w8a8": (lambda: nn.Linear(128, 64), "w8a8", None, (2, 128)),

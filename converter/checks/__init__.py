@@ -1,0 +1,1 @@
+"""Is a converted snapshot what was written, and what its source gives?"""

@@ -1,0 +1,70 @@
+"""Are the codes and scales in a converted snapshot those that its source gives? All of it, byte by byte."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Collection, Generator, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from ..plan.plan import Plan, ShardPlan
+from ..plan.sharding import OutputFile
+from ..stream.reading import open_for_reading, read_exactly
+from ..stream.shard_stream import Chunk, Engine, measure, stream_shard
+from ..telling.errors import ConvertError
+from .finding import Finding
+
+
+def compare_shard(
+    root: Path, shard: ShardPlan, plan: Plan, damaged: Collection[str]
+) -> Generator[Finding, None, dict[str, str]]:
+    """Compare the files that a source shard gives; returns the digest of the source, if it was read to its end."""
+    hasher = hashlib.sha256()
+    with contextlib.ExitStack() as opened:
+        files = []
+        for file in shard.files:
+            if (root / file.path).is_file():
+                fd = open_for_reading(root / file.path, file.path)
+                opened.callback(os.close, fd)
+                problem = _header_problem(fd, file)
+                if problem and file.path not in damaged:
+                    yield Finding(file.path, problem)
+                if problem is None or os.fstat(fd).st_size == file.size:  # else the data need not lie as planned
+                    files.append((file, fd))
+        try:  # with an engine for each shard, since an error leaves one without some of its buffers
+            with Engine(workers=max(1, (os.cpu_count() or 2) - 1)) as engine:
+                siblings = [s for s in plan.shards if s.component == shard.component]
+                amaxes = measure(siblings, shard.schedule.measured, engine)
+                chunks = stream_shard(shard, engine, amaxes=amaxes, input_scales=plan.input_scales, hasher=hasher)
+                for path, name in dict.fromkeys(_differing(chunks, files)):
+                    yield Finding(path, f"{name} differs from what the source gives")
+        except ConvertError as error:
+            yield Finding(shard.files[0].path, f"cannot be compared with its source: {error}")
+            return {}
+    return {shard.source.path: hasher.hexdigest()}
+
+
+def _header_problem(fd: int, file: OutputFile) -> str | None:
+    header = bytearray(min(os.fstat(fd).st_size, len(file.header)))
+    read_exactly(fd, memoryview(header), 0, file.path)
+    return None if header == file.header else "has another header than the source gives"
+
+
+def _differing(chunks: Iterator[Chunk], files: Sequence[tuple[OutputFile, int]]) -> Iterator[tuple[str, str]]:
+    """File and tensor of every chunk that is not what the open `files` hold in its place."""
+    position = 0
+    for chunk in chunks:
+        start, position = position, position + chunk.data.numel()
+        file, fd = next(((f, d) for f, d in files if f.start <= start and position <= f.stop), (None, -1))
+        if file is None:
+            continue
+        offset = len(file.header) + start - file.start
+        written = torch.empty(chunk.data.numel(), dtype=torch.uint8, device="cpu")
+        whole = offset + len(written) <= os.fstat(fd).st_size
+        if whole:
+            read_exactly(fd, written.numpy().data, offset, file.path)
+        if not (whole and torch.equal(written, chunk.data)):
+            yield file.path, chunk.name

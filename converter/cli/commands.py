@@ -1,0 +1,347 @@
+"""The command line: options in, one library call, errors as one sentence. No logic of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click_default_group import DefaultGroup
+
+from ..plan.recipe import ACTIVATION_SCHEMES, tool_version
+from ..snapshot.access import SourceOptions
+from ..telling.errors import ConvertError
+from ..telling.progress import Progress, for_terminal
+from .stopping import Stopping
+
+# What a command does is imported in it: PyTorch takes seconds, and help and first words should not.
+
+F = TypeVar("F", bound=Callable[..., Any])
+_COMMANDS = ("convert", "inspect", "verify", "manifests", "demo")
+
+
+class Group(DefaultGroup):  # type: ignore[misc]
+    """`fp8-convert SOURCE` is `fp8-convert convert SOURCE`, and the root help is that command's."""
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        command = self.get_command(ctx, "convert")
+        assert command is not None
+        formatter.write_usage("fp8-convert", "SOURCE -o OUT [OPTIONS]   or   fp8-convert COMMAND …")
+        command.format_help_text(ctx, formatter)
+        command.format_options(click.Context(command, info_name="fp8-convert", parent=ctx), formatter)
+        with formatter.section("Version"):
+            formatter.write_dl([("-V, --version", "Show the version and exit.")])
+        self.format_commands(ctx, formatter)
+
+
+class Conversion(click.Command):
+    """The default command; a SOURCE that looks like a mistyped command is caught before the Hub is asked."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        self._suggest(args[0] if args else "")  # before click complains of what follows it
+        rest = super().parse_args(ctx, args)
+        self._suggest(ctx.params.get("source") or "")
+        return rest
+
+    def _suggest(self, source: str) -> None:
+        if "/" not in source and not Path(source).exists():
+            near = difflib.get_close_matches(source, _COMMANDS, n=1, cutoff=0.7)
+            if near:
+                raise click.UsageError(f"{source!r} is no folder; did you mean the command `fp8-convert {near[0]}`?")
+
+
+class Names(click.ParamType):  # type: ignore[type-arg]
+    """Names separated by commas."""
+
+    name = "a,b"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+
+@click.group(cls=Group, default="convert", context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(tool_version(), "-V", "--version", prog_name="fp8-convert")
+def main() -> None:
+    """FP8 checkpoints for diffusion pipelines."""
+
+
+def _json_option(function: F) -> F:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")(function)
+
+
+def _quiet_option(function: F) -> F:
+    return click.option("-q", "--quiet", is_flag=True, help="Tell no progress and no notes; errors stay.")(function)
+
+
+def _hub_options(function: F) -> F:
+    """The options of SourceOptions."""
+    for option in (
+        click.option("--variant", help="Take *.VARIANT.safetensors where a component has them, such as fp16."),
+        click.option("--local-files-only", is_flag=True, help="Use the Hub cache and make no connection."),
+        click.option("--cache-dir", type=click.Path(path_type=Path), help="Hub cache to use."),
+        click.option("--token", help="Hub token; by default the one you logged in with."),
+        click.option("--revision", help="Branch, tag or commit of the Hub repository."),
+    ):
+        function = option(function)
+    return function
+
+
+@main.command("convert", cls=Conversion, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("source")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write the FP8 snapshot to.")
+@click.option("--dry-run", is_flag=True, help="Print the plan, from headers alone; no weights are downloaded.")
+@_json_option
+@click.option("--quantization", type=click.Choice(["fp8"]), default="fp8", show_default=True, help="The format.")
+@click.option("--manifest", metavar="NAME|PATH", help="Rules to use; by default chosen by repo id and class names.")
+@click.option(
+    "--ignored-layers",
+    type=Names(),
+    multiple=True,
+    help="DiT layers to keep, beside the manifest's. Repeatable.",
+)
+@click.option(
+    "--component", "components", metavar="NAME", multiple=True, help="Convert only this component. Repeatable."
+)
+@click.option("--compact", is_flag=True, help="FP8 storage for the DiT layers that W8A8 must skip.")
+@click.option(
+    "--weight-block-size", type=int, nargs=2, metavar="N M", help="Block scales for the DiT, such as 128 128."
+)
+@click.option(
+    "--activation-scheme",
+    type=click.Choice(ACTIVATION_SCHEMES),
+    default="dynamic",
+    show_default=True,
+    help="Activation scales: computed while running, or stored.",
+)
+@click.option(
+    "--input-scales",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Safetensors file of NAME.input_scale scalars, for static activations.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where the arithmetic runs; the bytes are the same.",
+)
+@click.option("--workers", type=click.IntRange(1), help="CPU threads for the arithmetic.")
+@click.option("--stream", is_flag=True, help="Hub id: download shard by shard and keep none; needs room for two.")
+@click.option("--max-shard-size", metavar="SIZE", help="Cut larger output files, as in diffusers: 5GB, 500MB.")
+@click.option("--force", is_flag=True, help="Replace a finished FP8 snapshot.")
+@click.option("--check", is_flag=True, help="If the snapshot is finished already, read it and compare its digests.")
+@_hub_options
+@_quiet_option
+def convert_command(
+    source: str,
+    output: Path | None,
+    dry_run: bool,
+    as_json: bool,
+    ignored_layers: tuple[list[str], ...],
+    quiet: bool,
+    **settings: Any,
+) -> None:
+    """Convert a diffusers snapshot (a folder or a Hub id) to FP8.
+
+    \b
+    Example:
+      fp8-convert Qwen/Qwen-Image -o qwen-image-fp8
+      fp8-convert Qwen/Qwen-Image --dry-run
+      fp8-convert ./my-pipeline -o out --ignored-layers img_mlp,transformer_blocks.0
+    """
+    settings["ignored_layers"] = [name for names in ignored_layers for name in names]
+    if not dry_run and output is None:
+        raise click.UsageError("Name the output folder with -o, or pass --dry-run.")
+    with _errors("run the same command again to resume") as stopping, _progress(stopping, quiet) as progress:
+        from .. import convert, plan_conversion
+
+        if dry_run:
+            for unused in ("device", "workers", "stream", "force", "check"):
+                del settings[unused]
+            hub = ("revision", "token", "cache_dir", "local_files_only", "variant")
+            options = SourceOptions(**{name: settings.pop(name) for name in hub}, quiet=quiet)
+            plan = plan_conversion(source, options=options, progress=progress, **settings)
+            from .render import render_plan, terminal_width
+
+            click.echo(json.dumps(plan.to_json(), indent=2) if as_json else render_plan(plan, terminal_width()))
+            return
+        assert output is not None
+        result = convert(source, output, progress=progress, quiet=quiet, **settings)
+        from .render import render_result
+
+        progress.close()
+        click.echo(json.dumps(result.to_json(), indent=2) if as_json else render_result(result))
+
+
+@main.command("inspect")
+@click.argument("source")
+@_hub_options
+@_json_option
+def inspect_command(source: str, as_json: bool, **hub: Any) -> None:
+    """Show what is FP8, what is not, and why: a folder, a Hub id (not downloaded) or a .safetensors file.
+
+    Exit code 1 if something is wrong with it.
+
+    \b
+    Example:
+      fp8-convert inspect qwen-image-fp8
+      fp8-convert inspect Qwen/Qwen-Image
+      fp8-convert inspect flux1-dev-fp8.safetensors
+    """
+    with _errors():
+        from .. import inspect
+        from .render import render_inspection, terminal_width
+
+        inspection = inspect(source, options=SourceOptions(**hub))
+        if as_json:
+            click.echo(json.dumps(inspection.to_json(), indent=2))
+        else:
+            click.echo(render_inspection(inspection, terminal_width()))
+        if not inspection.ok:
+            sys.exit(1)
+
+
+@main.command("verify")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--source", help="Folder or Hub id it was converted from: compare codes and scales with it.")
+@click.option("--manifest", metavar="NAME|PATH", help="The manifest it was converted with, if it was your own.")
+@_hub_options
+@_json_option
+@_quiet_option
+def verify_command(
+    path: Path, source: str | None, manifest: str | None, as_json: bool, quiet: bool, **hub: Any
+) -> None:
+    """Check every digest, header, scale, index and config; exit code 1 if something is wrong.
+
+    \b
+    Example:
+      fp8-convert verify qwen-image-fp8
+      fp8-convert verify qwen-image-fp8 --source Qwen/Qwen-Image
+    """
+    if source is None and (manifest is not None or any(hub.values())):
+        raise click.UsageError("Name the source with --source; --manifest and the Hub's options say how to read it.")
+    with _errors() as stopping, _progress(stopping, quiet) as progress:
+        from .. import verify
+        from .render import render_verification
+
+        options = SourceOptions(**hub, quiet=quiet)
+        found = verify(path, source=source, manifest=manifest, options=options, progress=progress)
+        progress.close()
+        click.echo(json.dumps(found.to_json(), indent=2) if as_json else render_verification(found))
+        if not found.ok:
+            sys.exit(1)
+
+
+@main.group("manifests", invoke_without_command=True)
+@_json_option
+@click.pass_context
+def manifests_command(context: click.Context, as_json: bool) -> None:
+    """List the shipped manifests; show one, or check one against a model.
+
+    \b
+    Example:
+      fp8-convert manifests
+      fp8-convert manifests show qwen-image > mine.toml
+      fp8-convert manifests check mine.toml Qwen/Qwen-Image
+    """
+    if context.invoked_subcommand is not None:
+        if as_json:
+            raise click.UsageError(f"Put --json behind `manifests {context.invoked_subcommand}`.")
+        return
+    from ..plan.manifest import shipped
+
+    manifests = list(shipped().values())
+    if as_json:
+        entries = [
+            {"name": m.name, "description": m.description, "repos": m.repos, "pipelines": m.pipelines}
+            for m in manifests
+        ]
+        click.echo(json.dumps(entries, indent=2))
+    else:
+        from .render import render_manifests, terminal_width
+
+        click.echo(render_manifests(manifests, terminal_width()))
+
+
+@manifests_command.command("show")
+@click.argument("manifest", metavar="NAME|PATH")
+@_json_option
+def show_command(manifest: str, as_json: bool) -> None:
+    """Print a manifest's TOML, to read or as a start for your own.
+
+    \b
+    Example: fp8-convert manifests show qwen-image > mine.toml
+    """
+    with _errors():
+        from .. import load_manifest
+
+        found = load_manifest(manifest)
+        click.echo(json.dumps(found.to_json(), indent=2) if as_json else found.text, nl=as_json)
+
+
+@manifests_command.command("check")
+@click.argument("manifest", metavar="NAME|PATH")
+@click.argument("source")
+@_hub_options
+@_json_option
+def check_command(manifest: str, source: str, as_json: bool, **hub: Any) -> None:
+    """Show what each entry of a manifest matches in SOURCE; exit code 1 if one matches nothing that must.
+
+    \b
+    Example: fp8-convert manifests check mine.toml Qwen/Qwen-Image
+    """
+    with _errors():
+        from .. import check_manifest
+        from .render import render_manifest_check, terminal_width
+
+        found = check_manifest(manifest, source, options=SourceOptions(**hub))
+        click.echo(json.dumps(found.to_json(), indent=2) if as_json else render_manifest_check(found, terminal_width()))
+        if not found.ok:
+            sys.exit(1)
+
+
+@main.command("demo")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("demo-out"),
+    show_default=True,
+    help="Folder to write to; an earlier demo in it is replaced.",
+)
+def demo_command(output: Path) -> None:
+    """Run everything once on a tiny built-in pipeline.
+
+    \b
+    Example: fp8-convert demo
+    """
+    with _errors():
+        from ..demo import run_demo
+
+        run_demo(output, click.echo)
+
+
+@contextlib.contextmanager
+def _errors(advice: str = "run the same command again") -> Iterator[Stopping]:
+    """Errors of the library become one sentence and exit code 1; signals stop cleanly; bugs show their traceback.
+
+    advice: what to do after a signal.
+    """
+    with Stopping(advice) as stopping:
+        try:
+            yield stopping
+        except ConvertError as error:
+            click.echo(f"error: {' '.join(str(error).splitlines())}", err=True)  # one line, whatever a name holds
+            sys.exit(1)
+
+
+@contextlib.contextmanager
+def _progress(stopping: Stopping, quiet: bool) -> Iterator[Progress]:
+    progress = for_terminal(quiet=quiet, on_start=stopping.working, on_finishing=stopping.finishing)
+    with contextlib.closing(progress):
+        yield progress

@@ -1,0 +1,106 @@
+"""What the user asked for, as one frozen value: all that the output depends on beside the source and the tool."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from ..format.layout import Block
+from ..format.untrusted import check_text
+from ..telling.errors import ConvertError
+from ..telling.notebook import Brief
+from .manifest import Manifest
+
+ACTIVATION_SCHEMES = ("dynamic", "static")
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def tool_version() -> str:
+    """The installed version of fp8-convert."""
+    return version("fp8-convert")
+
+
+@dataclass(frozen=True, repr=False)
+class Recipe(Brief):
+    """One conversion's settings.
+
+    ignored_layers: patterns beside the manifest's. components: restricts the conversion to these folders; () is
+    all that the manifest converts. block: block size for the DiT's weights, None for the manifest's choice.
+    input_scales: per module the activation scale of the static scheme. max_shard_size: the most bytes of an output
+    file, as far as whole tensors allow; None cuts none.
+    """
+
+    manifest: Manifest
+    ignored_layers: tuple[str, ...] = ()
+    components: tuple[str, ...] = ()
+    compact: bool = False
+    block: Block | None = None
+    activation_scheme: str = "dynamic"
+    input_scales: Mapping[str, float] | None = None
+    max_shard_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for pattern in self.ignored_layers:
+            check_text(pattern, "The ignored layer")
+        for component in self.components:
+            check_text(component, "The component")
+        if self.activation_scheme not in ACTIVATION_SCHEMES:
+            raise ConvertError(f"The activation scheme {self.activation_scheme!r} is unknown; use dynamic or static.")
+        static = self.activation_scheme == "static"
+        if static and self.block is not None:
+            raise ConvertError("Block scales come with dynamic activations alone; drop one of the two options.")
+        if static and not self.input_scales:
+            raise ConvertError(
+                "The static activation scheme needs calibrated scales; pass them with --input-scales FILE."
+            )
+        if self.input_scales and not static:
+            raise ConvertError("Input scales are for --activation-scheme static; add it or drop --input-scales.")
+        if self.block is not None and not all(size > 0 for size in self.block):
+            raise ConvertError(f"The block size {list(self.block)} must be two positive numbers, such as 128 128.")
+
+    def to_json(self) -> dict[str, Any]:
+        """The recipe as the record states it."""
+        return {
+            "quantization": "fp8",
+            "manifest": self.manifest.name,
+            "manifest_sha256": self.manifest.sha256,
+            "ignored_layers": list(self.ignored_layers),
+            "components": list(self.components),
+            "compact": self.compact,
+            "weight_block_size": list(self.block) if self.block else None,
+            "activation_scheme": self.activation_scheme,
+            "max_shard_size": self.max_shard_size,
+            "input_scales_sha256": _digest(dict(self.input_scales)) if self.input_scales else None,
+        }
+
+    def sha256(self) -> str:
+        """A digest of the recipe and the tool's version: equal digests over equal sources give equal bytes."""
+        return recipe_sha256(tool_version(), self.to_json())
+
+
+def recipe_sha256(version: str, recipe: Mapping[str, Any]) -> str:
+    """The digest of a recipe, as the record states it, under a version of the tool."""
+    return _digest({"tool": version, **recipe})
+
+
+def parse_size(size: int | str | None) -> int | None:
+    """Bytes from a size as diffusers writes it: a number, or "5GB", "500MB", "200KB" (decimal units); None is no size.
+
+    Raises ConvertError for anything else, and for sizes below one byte.
+    """
+    if size is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", str(size), re.IGNORECASE | re.ASCII)
+    found = 0 if match is None else int(float(match[1]) * _UNITS[match[2].upper()])
+    if found < 1 or isinstance(size, bool):
+        raise ConvertError(f"The shard size {size!r:.40} is unknown; give one such as 5GB or 500MB.")
+    return found
+
+
+def _digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,216 @@
+"""How one shard is read and in which order its output tensors lie: pure, from offsets and sizes alone.
+
+The source is read once, front to back, in slots (pieces of at most SLOT_BYTES, cut where no element or row of
+blocks is split). Output tensors are laid out in the order in which they can be finished, so that they are written
+front to back too, and every scale follows its weight. Three things stand apart:
+
+- A fusion group whose slots do not fit into the pool together, or whose members lie in other shards too, is
+  measured first (`measured`): its weights are read twice, once for their amax.
+- Kept tensors of 8-byte elements come first (`early`), weights whose output is no multiple of 4 bytes come last
+  (`late`), so that every offset stays a multiple of its dtype's size; both are read a second time, out of order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from ..format.header import TensorInfo
+from ..format.layout import INPUT_SCALE
+from ..telling.notebook import Brief
+from .decide import PlannedTensor
+
+SLOT_BYTES = 8 * 1024 * 1024
+POOL_BYTES = 192 * 1024 * 1024
+_Place = Callable[[str, str, tuple[int, ...], int], None]
+_FREE_SLOTS = 6  # slots that reading, converting and writing need beside those that a group holds
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Bytes [start, stop) of the shard's tensor number `tensor`."""
+
+    tensor: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, repr=False)
+class Slot(Brief):
+    """Bytes [start, stop) of the data section and the segments of tensors in them."""
+
+    start: int
+    stop: int
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True, repr=False)
+class Schedule(Brief):
+    """The reading and writing order of one shard. `outputs` have their offsets in the output's data section."""
+
+    outputs: tuple[TensorInfo, ...]
+    slots: tuple[Slot, ...]
+    slot_bytes: int
+    pool_slots: int
+    measured: tuple[str, ...]
+    early: tuple[int, ...]
+    late: tuple[int, ...]
+
+
+def make_schedule(
+    tensors: Sequence[PlannedTensor], spread_groups: Collection[str], input_scales: Collection[str]
+) -> Schedule:
+    """Schedule the tensors (in data order) of one shard.
+
+    spread_groups: fusion groups with members in other shards; input_scales: modules that get an `input_scale`.
+    """
+    slot_bytes = max(SLOT_BYTES, *(split_unit(t) for t in tensors), 1)
+    pool_slots = max(4, POOL_BYTES // slot_bytes)
+    early = [i for i, t in enumerate(tensors) if not t.decision.fp8 and t.info.itemsize > 4]
+    late = [i for i, t in enumerate(tensors) if i not in early and _out_bytes(t) % 4]
+    late.sort(key=lambda i: 1 if tensors[i].decision.fp8 else -tensors[i].info.itemsize)
+    slots = cut([(i, t.info.start, t.info.nbytes, split_unit(t)) for i, t in enumerate(tensors)], slot_bytes)
+    measured = {g for i in late if (g := scale_domain(tensors[i])) is not None}
+    measured |= {g for t in tensors if (g := t.decision.group) in spread_groups and g is not None}
+    while (too_large := _overflow(tensors, slots, measured, max(1, pool_slots - _FREE_SLOTS))) is not None:
+        measured.add(too_large)
+    order = _order(tensors, measured, early, late)
+    outputs = _lay_out(tensors, order, late, input_scales)
+    return Schedule(
+        tuple(outputs),
+        tuple(slots),
+        slot_bytes,
+        pool_slots,
+        tuple(sorted(measured)),
+        tuple(early),
+        tuple(late),
+    )
+
+
+def cut(pieces: Iterable[tuple[int, int, int, int]], slot_bytes: int) -> list[Slot]:
+    """Cut (tensor, start, nbytes, unit) pieces, adjacent or not, into slots; a tensor is split at its units only."""
+    slots: list[Slot] = []
+    segments: list[Segment] = []
+    begin = position = 0
+
+    def flush() -> None:
+        nonlocal segments, begin
+        if segments:
+            slots.append(Slot(begin, position, tuple(segments)))
+        segments, begin = [], position
+
+    for tensor, start, nbytes, unit in pieces:
+        if start != position:
+            flush()
+            begin = position = start
+        done = 0
+        while done < nbytes:
+            take = min(slot_bytes - (position - begin), nbytes - done)
+            if done + take < nbytes:
+                take -= take % unit
+            if take:
+                segments.append(Segment(tensor, done, done + take))
+                done += take
+                position += take
+            if done < nbytes or position - begin == slot_bytes:
+                flush()
+    flush()
+    return slots
+
+
+def scale_domain(tensor: PlannedTensor) -> str | None:
+    """What one per-tensor scale covers: the fusion group, else the tensor itself; None for blocks and kept ones."""
+    if not tensor.decision.fp8 or tensor.decision.block is not None:
+        return None
+    return tensor.decision.group or tensor.info.name
+
+
+def split_unit(tensor: PlannedTensor) -> int:
+    """Bytes at whose multiples a tensor may be split: a row of blocks, or an element."""
+    if tensor.decision.block is None:
+        return tensor.info.itemsize
+    rows = min(tensor.decision.block[0], tensor.info.shape[0])
+    return rows * tensor.info.shape[1] * tensor.info.itemsize
+
+
+def _out_bytes(tensor: PlannedTensor) -> int:
+    return tensor.info.numel if tensor.decision.fp8 else tensor.info.nbytes
+
+
+def _last_members(tensors: Sequence[PlannedTensor]) -> dict[str, int]:
+    return {g: i for i, t in enumerate(tensors) if (g := scale_domain(t)) is not None}
+
+
+def _overflow(
+    tensors: Sequence[PlannedTensor], slots: Sequence[Slot], measured: Collection[str], limit: int
+) -> str | None:
+    """The scale domain that holds the most slots at the first moment when more than `limit` are held."""
+    last = _last_members(tensors)
+    held: dict[str, set[int]] = {}
+    for number, slot in enumerate(slots):
+        for segment in slot.segments:
+            domain = scale_domain(tensors[segment.tensor])
+            if domain is None or domain in measured:
+                continue
+            held.setdefault(domain, set()).add(number)
+            if len(set().union(*held.values())) > limit:
+                return max(held, key=lambda d: len(held[d]))
+            if last[domain] == segment.tensor and segment.stop == tensors[segment.tensor].info.nbytes:
+                del held[domain]
+    return None
+
+
+def _order(
+    tensors: Sequence[PlannedTensor], measured: Collection[str], early: Sequence[int], late: Sequence[int]
+) -> list[int]:
+    """Tensor numbers in the order in which their output can be finished."""
+    last = _last_members(tensors)
+    apart = {*early, *late}
+    order = list(early)
+    waiting: dict[str, list[int]] = {}
+    for number, tensor in enumerate(tensors):
+        if number in apart:
+            continue
+        domain = scale_domain(tensor)
+        if domain is None or domain in measured:
+            order.append(number)
+            continue
+        waiting.setdefault(domain, []).append(number)
+        if last[domain] == number:
+            order += waiting.pop(domain)
+    return order + list(late)
+
+
+def _lay_out(
+    tensors: Sequence[PlannedTensor], order: Sequence[int], late: Sequence[int], input_scales: Collection[str]
+) -> list[TensorInfo]:
+    outputs: list[TensorInfo] = []
+    position = 0
+
+    def place(name: str, dtype: str, shape: tuple[int, ...], nbytes: int) -> None:
+        nonlocal position
+        outputs.append(TensorInfo(name, dtype, shape, position, position + nbytes))
+        position += nbytes
+
+    def place_scales(tensor: PlannedTensor) -> None:
+        if (how := tensor.decision.format) is not None:
+            shape = how.scale_shape(tensor.info.shape)
+            place(how.scale_key(tensor.module), "F32", shape, 4 * math.prod(shape))
+            if tensor.module in input_scales:
+                place(tensor.module + INPUT_SCALE, "F32", (), 4)
+
+    regular = [i for i in order if i not in late]
+    for number in regular:
+        _place_weight(tensors[number], place)
+        place_scales(tensors[number])
+    for number in late:
+        place_scales(tensors[number])
+    for number in late:
+        _place_weight(tensors[number], place)
+    return outputs
+
+
+def _place_weight(tensor: PlannedTensor, place: _Place) -> None:
+    dtype = "F8_E4M3" if tensor.decision.fp8 else tensor.info.dtype
+    place(tensor.info.name, dtype, tensor.info.shape, _out_bytes(tensor))

@@ -1,0 +1,59 @@
+"""How a source is reached: what huggingface_hub is told, and which variant of the weights is taken."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..format.untrusted import check_text
+from ..telling.errors import ConvertError
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """How to reach the Hub, as in huggingface_hub. Raises ConvertError for text that could not be sent.
+
+    quiet: shows no progress bars; without it they are shown where stderr is a terminal.
+    """
+
+    revision: str | None = None
+    token: str | bool | None = field(default=None, repr=False)
+    cache_dir: str | Path | None = None
+    local_files_only: bool = False
+    quiet: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.revision is not None:
+            check_text(self.revision, "The revision")
+        if self.cache_dir is not None:
+            check_text(self.cache_dir, "The cache folder")
+        if isinstance(self.token, str):
+            object.__setattr__(self, "token", clean_token(self.token, "The Hub token"))
+
+
+@dataclass(frozen=True)
+class SourceOptions(HubOptions):
+    """How to find a source. `variant` takes `*.VARIANT.safetensors` where a component has them."""
+
+    variant: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.variant is not None:
+            check_text(self.variant, "The variant")
+
+
+def clean_token(token: str, what: str) -> str:
+    """The token without the white space and line ends of the file it was read from.
+
+    Raises ConvertError, which never holds the token, for one that no header could carry.
+    """
+    token = token.strip()
+    if not token:
+        raise ConvertError(f"{what} is empty; pass one, or none at all.")
+    if not re.fullmatch(r"[!-~]+", token):
+        raise ConvertError(
+            f"{what} has a character that is no letter, digit or sign of ASCII; copy it again from the Hub's settings."
+        )
+    return token

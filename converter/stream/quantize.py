@@ -1,0 +1,169 @@
+"""The arithmetic of the conversion: float tensors in, E4M3 codes and float32 scales out. No names, no files.
+
+Per tensor:  scale = fp32(max|w|) / 448            (1 for an all-zero tensor, never below 2^-126)
+Per block:   scale = max(max|block|, 1e-4) / 448
+Codes:       q = e4m3_rne(clamp(fp32(w) * (1 / scale), -448, 448))
+
+The per-tensor formula is that of vLLM's online FP8 (`ops.scaled_fp8_quant`), bit for bit: the multiplication by
+the reciprocal matters, true division gives other codes in about one weight of 6,000. Scales are always computed
+with numpy on the CPU, because torch on CUDA divides by a scalar through its reciprocal.
+
+Codes are returned as uint8 tensors (the bits of float8_e4m3fn). On the CPU the work is done by `compiled`
+code where that was built, else by torch, to the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from . import compiled
+
+E4M3_MAX = 448.0
+MIN_SCALE = float(np.finfo(np.float32).tiny)  # 2^-126: the smallest scale whose reciprocal is finite
+MIN_BLOCK_AMAX = 1e-4
+TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+_CHUNK = 512 * 1024  # elements: smaller ones make threads wait for the interpreter, larger ones leave the cache
+
+Block = tuple[int, int]
+
+
+class _Scratch(threading.local):
+    """Per-thread memory that the CPU paths reuse: fresh allocations cost more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(_CHUNK, dtype=torch.int32, device="cpu")
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised tensor of a dtype of at most 4 bytes; the next call gives the same memory."""
+        numel = math.prod(shape)
+        if numel > self._memory.numel():
+            self._memory = torch.empty(numel, dtype=torch.int32, device="cpu")
+        return self._memory.view(dtype)[:numel].view(shape)
+
+
+_scratch = _Scratch()
+
+
+def amax(x: torch.Tensor) -> float:
+    """max|x| of a float tensor of any shape on any device; NaN where x holds one, 0 for an empty tensor."""
+    if x.numel() == 0:
+        return 0.0
+    if compiled.serves(x):
+        return float(compiled.amax(x.reshape(1, -1), x.numel()))
+    low, high = torch.aminmax(x)
+    return float(torch.maximum(low.float().abs(), high.float().abs()))
+
+
+def tensor_scale(amax: float) -> np.float32:
+    """The scale of a tensor (or fusion group) whose largest magnitude is `amax`, which must be finite."""
+    if amax == 0:
+        return np.float32(1)
+    return np.float32(max(np.float32(amax) / np.float32(E4M3_MAX), np.float32(MIN_SCALE)))
+
+
+def block_scales(amax: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The scales of blocks from their largest magnitudes, float32 of any shape, finite."""
+    return (np.maximum(amax, np.float32(MIN_BLOCK_AMAX)) / np.float32(E4M3_MAX)).astype(np.float32, copy=False)
+
+
+def quantize_tensor(x: torch.Tensor, scale: np.float32, out: torch.Tensor | None = None) -> torch.Tensor:
+    """uint8 codes [numel], on x's device, of a contiguous float tensor of any shape under one scale.
+
+    out: where to put them, uint8 [numel]; on the CPU it may be the first bytes of x itself, which is then lost.
+    """
+    x = x.reshape(-1)
+    out = _new_codes(x) if out is None else out
+    reciprocal = np.float32(1) / scale
+    if compiled.serves(x):
+        compiled.codes(x.view(1, -1), torch.from_numpy(np.array([reciprocal])), max(1, x.numel()), out)
+        return out
+    codes = out.view(torch.float8_e4m3fn)
+    for start in range(0, x.numel(), step := _step(x)):
+        floats = _floats(x[start : start + step]).mul_(float(reciprocal))
+        codes[start : start + step].copy_(floats.clamp_(-E4M3_MAX, E4M3_MAX))
+    return out
+
+
+def quantize_blocks(
+    x: torch.Tensor, block: Block, out: torch.Tensor | None = None
+) -> tuple[torch.Tensor, npt.NDArray[np.float32], bool]:
+    """Codes and scales of rows that start at a block's first row.
+
+    x: float [R, K], contiguous. Returns uint8 codes [R * K] on x's device, float32 scales [ceil(R/bn), ceil(K/bk)]
+    and whether every element is finite. Edge blocks count as padded with zeros. out: as in quantize_tensor.
+    """
+    height, width = block[0], min(block[1], x.shape[1])
+    largest = _block_amax(x, height, width)
+    scales = block_scales(largest)
+    factors = torch.from_numpy(np.float32(1) / scales)
+    out = _new_codes(x) if out is None else out
+    codes = out.view(x.shape)
+    if compiled.serves(x):
+        for number, top in enumerate(range(0, x.shape[0], height)):
+            rows = slice(top, top + height)
+            compiled.codes(x[rows], factors[number], width, codes[rows])
+    else:
+        by_column = factors.repeat_interleave(width, dim=1)[:, : x.shape[1]].to(x.device)
+        for number, rows in _strips(x, height):
+            floats = _floats(x[rows]).mul_(by_column[number])
+            codes[rows].view(torch.float8_e4m3fn).copy_(floats.clamp_(-E4M3_MAX, E4M3_MAX))
+    return out, scales, bool(np.isfinite(largest).all())
+
+
+def _block_amax(x: torch.Tensor, height: int, width: int) -> npt.NDArray[np.float32]:
+    """max|w| of every block of x, float32; NaN where a block holds one."""
+    if compiled.serves(x):
+        blocks = torch.stack([compiled.amax(x[top : top + height], width) for top in range(0, x.shape[0], height)])
+    else:
+        blocks = _torch_block_amax(x, height, width)
+    values: npt.NDArray[np.float32] = blocks.float().cpu().numpy()
+    return values
+
+
+def _torch_block_amax(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Magnitudes of floats order as their bits do, NaN last, and the maximum of integers is the faster one."""
+    rows, columns = x.shape
+    integer, magnitude = (torch.int16, 0x7FFF) if x.itemsize == 2 else (torch.int32, 0x7FFFFFFF)
+    bits = x.view(integer)
+    largest = bits.new_zeros(-(-rows // height), -(-columns // width) * width)
+    for number, part in _strips(x, height):
+        magnitudes = torch.bitwise_and(bits[part], magnitude, out=_scratch_like(bits[part], integer))
+        row = largest[number, :columns]
+        torch.maximum(row, magnitudes.amax(dim=0), out=row)
+    return largest.view(largest.shape[0], -1, width).amax(dim=2).view(x.dtype)
+
+
+def _strips(x: torch.Tensor, height: int) -> Iterator[tuple[int, slice]]:
+    """x [R, K] in strips of at most `height` rows and about a step's elements: (number of its row of blocks, rows)."""
+    rows, columns = x.shape
+    step = max(1, _step(x) // columns)
+    for top in range(0, rows, height):
+        bottom = min(top + height, rows)
+        for row in range(top, bottom, step):
+            yield top // height, slice(row, min(row + step, bottom))
+
+
+def _step(x: torch.Tensor) -> int:
+    """How many elements to work on at a time: what fits the cache on the CPU, all of them on a GPU."""
+    return max(1, x.numel()) if x.is_cuda else _CHUNK
+
+
+def _new_codes(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(x.numel(), dtype=torch.uint8, device=x.device)
+
+
+def _floats(x: torch.Tensor) -> torch.Tensor:
+    """x in float32, in memory that may be written."""
+    return _scratch_like(x, torch.float32).copy_(x)
+
+
+def _scratch_like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Memory of x's shape on x's device."""
+    return x.new_empty(x.shape, dtype=dtype) if x.is_cuda else _scratch.take(tuple(x.shape), dtype)

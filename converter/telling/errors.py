@@ -1,0 +1,23 @@
+"""The exceptions this package raises for bad input; a message is a full sentence for the user."""
+
+
+class Fp8Error(Exception):
+    """What every error of fp8-convert is, while converting and while loading."""
+
+
+class ConvertError(Fp8Error):
+    """Bad input or an environment that cannot do the work.
+
+    The message names the file or tensor and the next step; the command line prints it and exits with 1.
+    """
+
+
+class ResumableError(ConvertError):
+    """A conversion that stopped midway for a cause outside it (a full disk, a read error).
+
+    What was finished is kept, and the same command resumes.
+    """
+
+
+class LoadError(Fp8Error, RuntimeError):
+    """A snapshot that cannot be loaded as it claims; one sentence: what, where, what to do."""

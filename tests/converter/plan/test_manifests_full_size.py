@@ -1,0 +1,536 @@
+"""Every shipped manifest against its models at their published size: what becomes FP8, what is kept, to the byte.
+
+The models are built on the meta device and saved as sparse safetensors files (real headers, no data), so the plan
+is the one that a user's `--dry-run` prints. What it decides stands in golden_manifests.json; after a deliberate
+change
+`PYTHONPATH=tests python tests/converter/plan/test_manifests_full_size.py`
+writes that file anew, and the diff is to be reviewed.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import struct
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fp8_convert.converter.conversion import plan_conversion
+from fp8_convert.converter.plan.manifest import shipped
+from fp8_convert.converter.plan.pattern import matches
+from fp8_convert.converter.plan.plan import ComponentPlan, Plan, rows
+from fp8_convert.converter.snapshot.modules import build_on_meta, checkpoint_to_module_names, quiet_libraries
+
+GOLDEN = Path(__file__).with_name("golden_manifests.json")
+COMMAND = "PYTHONPATH=tests python tests/converter/plan/test_manifests_full_size.py"
+REGENERATE = f"if the change is meant, run `{COMMAND}` and review the diff"
+
+# Qwen2.5-VL as Qwen-Image publishes it, and as transformers saves it today. Qwen3 as Z-Image publishes it (a
+# Qwen3ForCausalLM without head, loaded as Qwen3Model), and as Qwen3Model saves it.
+PUBLISHED, NEWER = "published", "newer"
+VARIANTS = ("plain", "compact")
+_KINDS = ("Linear", "Conv1d", "Conv2d", "Conv3d")
+
+
+def _qwen_dit(**flags: bool) -> Any:
+    from diffusers import QwenImageTransformer2DModel
+
+    return QwenImageTransformer2DModel(**flags)
+
+
+def _z_image_dit() -> Any:
+    from diffusers import ZImageTransformer2DModel
+
+    return ZImageTransformer2DModel()
+
+
+def _wan_dit() -> Any:
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(num_layers=40, num_attention_heads=40, ffn_dim=13824)
+
+
+def _qwen_vl() -> Any:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text = {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+    }
+    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def _qwen3(class_name: str = "Qwen3Model") -> Any:
+    import transformers
+
+    config = transformers.Qwen3Config(
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151936,
+    )
+    return getattr(transformers, class_name)(config)
+
+
+def _umt5() -> Any:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    config = UMT5Config(
+        d_model=4096,
+        d_ff=10240,
+        num_layers=24,
+        num_heads=64,
+        d_kv=64,
+        feed_forward_proj="gated-gelu",
+        vocab_size=256384,
+    )
+    return UMT5EncoderModel(config)
+
+
+def _qwen_vae(**options: int) -> Any:
+    from diffusers import AutoencoderKLQwenImage
+
+    return AutoencoderKLQwenImage(**options)
+
+
+def _wan_vae() -> Any:
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan()
+
+
+def _z_image_vae() -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=16,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+_QWEN_IMAGE = {"transformer": (_qwen_dit, {}), "text_encoder": (_qwen_vl, {}), "vae": (_qwen_vae, {})}
+_LAYERED = {"use_additional_t_cond": True, "use_layer3d_rope": True}
+# manifest: (pipeline class, {component: (constructor, arguments)})
+MODELS: dict[str, tuple[str, dict[str, tuple[Any, dict[str, Any]]]]] = {
+    "qwen-image": ("QwenImagePipeline", _QWEN_IMAGE),
+    "qwen-image-edit": (
+        "QwenImageEditPlusPipeline",
+        {**_QWEN_IMAGE, "transformer": (_qwen_dit, {"zero_cond_t": True})},
+    ),
+    "qwen-image-layered": (
+        "QwenImageLayeredPipeline",
+        {**_QWEN_IMAGE, "transformer": (_qwen_dit, _LAYERED), "vae": (_qwen_vae, {"input_channels": 4})},
+    ),
+    "wan2.2": (
+        "WanPipeline",
+        {
+            "transformer": (_wan_dit, {}),
+            "transformer_2": (_wan_dit, {}),
+            "text_encoder": (_umt5, {}),
+            "vae": (_wan_vae, {}),
+        },
+    ),
+    "z-image": (
+        "ZImagePipeline",
+        {"transformer": (_z_image_dit, {}), "text_encoder": (_qwen3, {}), "vae": (_z_image_vae, {})},
+    ),
+}
+
+
+@functools.cache
+def built(constructor: Any, arguments: tuple[tuple[str, Any], ...] = ()) -> Any:
+    with torch.device("meta"), quiet_libraries():
+        return constructor(**dict(arguments))
+
+
+def model_of(manifest: str, component: str) -> Any:
+    constructor, arguments = MODELS[manifest][1][component]
+    return built(constructor, tuple(arguments.items()))
+
+
+def fp8_replaced(class_name: str | None, config: Mapping[str, Any]) -> torch.nn.Module:
+    """The model as transformers prepares it for FP8 weights on a GPU, on the meta device."""
+    from transformers.quantizers import AutoHfQuantizer
+
+    model = build_on_meta("transformers", class_name, config)
+    quantizer = AutoHfQuantizer.from_config(dict(config["quantization_config"]), pre_quantized=True)
+    quantizer.preprocess_model(model)
+    return model
+
+
+def published_names(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """{name in the model: name in the published checkpoint}."""
+    if type(model).__name__ == "Qwen2_5_VLForConditionalGeneration":
+        return {n: n.replace("model.language_model.", "model.").replace("model.visual.", "visual.") for n in names}
+    if type(model).__name__ == "Qwen3Model":
+        return {n: f"model.{n}" for n in names}
+    return {n: n for n in names}
+
+
+def save_sparse(model: Any, folder: Path, spelling: str) -> None:
+    """config.json and a safetensors file that takes no space: BF16, but FP32 for Wan's DiTs, as they are published."""
+    folder.mkdir(parents=True)
+    name = type(model).__name__
+    is_diffusers = type(model).__module__.startswith("diffusers.")
+    if is_diffusers:
+        model.save_config(folder)
+    else:
+        model.config.architectures = [name]
+        model.config.save_pretrained(folder)
+    dtype, size = ("F32", 4) if name == "WanTransformer3DModel" else ("BF16", 2)
+    every, distinct = dict(model.named_parameters(remove_duplicate=False)), dict(model.named_parameters())
+    state = {k: v for k, v in model.state_dict().items() if k in distinct or k not in every}  # tied weights once
+    names = published_names(model, state) if spelling == PUBLISHED else {n: n for n in state}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key, value in state.items():
+        start, end = end, end + value.numel() * size
+        header[names[key]] = {"dtype": dtype, "shape": list(value.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    file = folder / ("diffusion_pytorch_model.safetensors" if is_diffusers else "model.safetensors")
+    file.write_bytes(struct.pack("<Q", len(text)) + text)
+    with open(file, "r+b") as opened:
+        opened.truncate(8 + len(text) + end)
+
+
+def save_pipeline(manifest: str, folder: Path, spelling: str) -> None:
+    pipeline, components = MODELS[manifest]
+    index: dict[str, Any] = {"_class_name": pipeline}
+    for name in components:
+        model = model_of(manifest, name)
+        save_sparse(model, folder / name, spelling)
+        index[name] = [type(model).__module__.partition(".")[0], type(model).__name__]
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+class Plans:
+    """Plans by manifest, spelling and --compact, each made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._plans: dict[tuple[str, str, bool], Plan] = {}
+
+    def get(self, manifest: str, spelling: str = PUBLISHED, compact: bool = False) -> Plan:
+        key = manifest, spelling, compact
+        if key not in self._plans:
+            folder = self._folder / f"{manifest}-{spelling}"
+            if not folder.exists():
+                save_pipeline(manifest, folder, spelling)
+            self._plans[key] = plan_conversion(folder, compact=compact)
+        return self._plans[key]
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory: pytest.TempPathFactory) -> Plans:
+    return Plans(tmp_path_factory.mktemp("full-size"))
+
+
+def summary(plan: Plan) -> dict[str, Any]:
+    """What the golden file holds of one plan."""
+    return {c.source.name: _component_summary(c) for c in plan.components}
+
+
+def _component_summary(component: ComponentPlan) -> dict[str, Any]:
+    sums: dict[str, list[int]] = {}
+    decisions = []
+    for row in rows(component):
+        numbers = [row.count, row.params, row.bytes_before, row.bytes_after]
+        decision = " ".join(filter(None, (row.mode or "kept", row.scheme)))
+        sums[decision] = [a + b for a, b in zip(sums.get(decision, [0, 0, 0, 0]), numbers, strict=True)]
+        decisions.append([decision, row.kind or "-", row.rule, *numbers])
+    before, after = component.weight_bytes
+    config = (component.config or {}).get("quantization_config", {})
+    return {
+        "class": component.source.class_name,
+        "params": sum(t.numel for t in component.source.tensors),
+        "bytes": [before, after],
+        "quant_method": config.get("quant_method"),
+        "ignored_layers": len(config.get("ignored_layers", ())),
+        "sums": sums,
+        "decisions": decisions,
+    }
+
+
+def golden_text(plans: Plans) -> str:
+    """All five manifests, one decision a line: [decision, kind, rule, tensors, parameters, bytes before, after]."""
+    data = {m: {v: summary(plans.get(m, compact=v == "compact")) for v in VARIANTS} for m in MODELS}
+    return _one_list_a_line(data) + "\n"
+
+
+def _one_list_a_line(value: Any, indent: str = "") -> str:
+    if isinstance(value, dict):
+        lines = [f"{indent} {json.dumps(k)}: {_one_list_a_line(v, indent + ' ')}" for k, v in value.items()]
+        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+    if isinstance(value, list) and value and isinstance(value[0], list):
+        return "[\n" + ",\n".join(f"{indent} {json.dumps(line)}" for line in value) + f"\n{indent}]"
+    return json.dumps(value)
+
+
+each_plan = pytest.mark.parametrize(("manifest", "variant"), [(m, v) for m in MODELS for v in VARIANTS])
+
+
+@each_plan
+def test_decisions_are_the_golden_ones(plans: Plans, manifest: str, variant: str) -> None:
+    golden = json.loads(GOLDEN.read_text())
+    plan = plans.get(manifest, compact=variant == "compact")
+    assert plan.recipe.manifest.name == manifest, "chosen by the pipeline's and the components' classes"
+    found = summary(plan)
+    assert found.keys() == golden[manifest][variant].keys(), REGENERATE
+    for component, expected in golden[manifest][variant].items():
+        assert found[component] == expected, f"{manifest}, {component}: {REGENERATE}"
+
+
+def test_the_golden_file_is_what_the_script_writes(plans: Plans) -> None:
+    assert GOLDEN.read_text() == golden_text(plans), REGENERATE
+
+
+@each_plan
+def test_what_a_manifest_keeps_by_design_is_no_news(plans: Plans, manifest: str, variant: str) -> None:
+    notes = plans.get(manifest, compact=variant == "compact").notes
+    assert [n for n in notes if not n.startswith("--compact changes nothing here")] == []
+
+
+@each_plan
+def test_nothing_is_kept_by_accident(plans: Plans, manifest: str, variant: str) -> None:
+    """Every linear and convolution of a converted component is FP8, or kept by a rule that was written for it."""
+    for component in plans.get(manifest, compact=variant == "compact").components:
+        if component.rules is None:
+            continue
+        assert component.problem is None
+        written = {r.pattern for r in (*component.rules.never_layers, *component.rules.ignored_layers)}
+        written |= {f"kind {kind}" for kind in {*_KINDS} - {*component.rules.kinds}}
+        written.add("_keep_in_fp32_modules")
+        for tensor in component.tensors:
+            d = tensor.decision
+            assert d.rule not in ("not eligible", "unknown module"), tensor.info.name
+            if not d.fp8 and d.kind in _KINDS:
+                assert d.rule in written, f"{tensor.info.name} is kept by {d.rule!r}"
+
+
+# Parameters in millions: (component's, of which FP8 in the plain conversion, of which FP8 with --compact).
+_TOTALS = {
+    ("qwen-image", "transformer"): (20_430, 9_060, 20_384),
+    ("qwen-image", "text_encoder"): (8_292, 6_525, 6_525),
+    ("qwen-image", "vae"): (127, 126, 126),
+    ("qwen-image-edit", "transformer"): (20_430, 13_590, 20_384),
+    ("qwen-image-layered", "transformer"): (20_430, 13_590, 20_384),
+    ("z-image", "transformer"): (6_155, 6_016, 6_142),
+    ("z-image", "text_encoder"): (4_022, 3_633, 3_633),
+    ("z-image", "vae"): (84, 0, 0),
+    ("wan2.2", "transformer"): (14_288, 14_051, 14_051),
+    ("wan2.2", "transformer_2"): (14_288, 14_051, 14_051),
+    ("wan2.2", "text_encoder"): (5_681, 0, 0),
+    ("wan2.2", "vae"): (127, 0, 0),
+}
+
+
+@pytest.mark.parametrize(("manifest", "component"), _TOTALS)
+def test_totals_are_those_of_the_published_models(plans: Plans, manifest: str, component: str) -> None:
+    found = []
+    for compact in (False, True):
+        plan = plans.get(manifest, compact=compact)
+        planned = next(c for c in plan.components if c.source.name == component)
+        found.append(round(sum(t.info.numel for t in planned.tensors if t.decision.fp8) / 1e6))
+    params = round(sum(t.numel for t in planned.source.tensors) / 1e6)
+    assert (params, *found) == _TOTALS[manifest, component]
+
+
+def test_qwen_images_dit_shrinks_as_documented(plans: Plans) -> None:
+    """40.9 GB to 31.8 GB where W8A8 must skip modulation and img_mlp, to half with their storage."""
+    dits = [next(c for c in plans.get("qwen-image", compact=compact).components) for compact in (False, True)]
+    gigabytes = [round(size / 1e9, 1) for size in (dits[0].weight_bytes[0], *(d.weight_bytes[1] for d in dits))]
+    assert gigabytes == [40.9, 31.8, 20.5]
+
+
+@each_plan
+def test_bytes_follow_from_the_contract(plans: Plans, manifest: str, variant: str) -> None:
+    """A code is one byte, a scale four for a tensor or a 128x128 block; what is kept keeps its size."""
+    for component in plans.get(manifest, compact=variant == "compact").components:
+        expected = 0
+        for tensor in component.tensors:
+            if not tensor.decision.fp8:
+                expected += tensor.info.nbytes
+            elif tensor.decision.scheme == "tensor":
+                expected += tensor.info.numel + 4
+            else:
+                rows_, columns = tensor.info.shape
+                assert tensor.decision.scheme == "block128x128"
+                expected += rows_ * columns + 4 * -(-rows_ // 128) * -(-columns // 128)
+        assert component.weight_bytes[1] == expected
+
+
+@each_plan
+def test_ignored_layers_are_all_linears_without_fp8(plans: Plans, manifest: str, variant: str) -> None:
+    """Against the model itself: checkpoint names of its nn.Linear modules, less those that become FP8."""
+    for component in plans.get(manifest, compact=variant == "compact").components:
+        if component.config is None:
+            continue
+        model = model_of(manifest, component.source.name)
+        linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+        names = published_names(model, linears).values()
+        fp8 = {t.module for t in component.tensors if t.decision.fp8}
+        assert component.config["quantization_config"]["ignored_layers"] == sorted(set(names) - fp8)
+
+
+@pytest.mark.parametrize("manifest", ["qwen-image", "qwen-image-edit", "qwen-image-layered", "z-image"])
+def test_both_spellings_of_a_text_encoder_decide_alike(plans: Plans, manifest: str) -> None:
+    published, newer = (plans.get(manifest, spelling) for spelling in (PUBLISHED, NEWER))
+    assert summary(published) == summary(newer)
+    ours, theirs = (next(c for c in p.components if c.source.name == "text_encoder") for p in (published, newer))
+    names = published_names(model_of(manifest, "text_encoder"), [t.info.name for t in theirs.tensors])
+    assert {t.info.name: t.decision for t in ours.tensors} == {names[t.info.name]: t.decision for t in theirs.tensors}
+
+
+@pytest.mark.parametrize("spelling", [PUBLISHED, NEWER])
+@pytest.mark.parametrize("manifest", ["qwen-image", "qwen-image-edit", "qwen-image-layered", "z-image"])
+def test_transformers_expects_the_planned_text_encoder(plans: Plans, manifest: str, spelling: str) -> None:
+    """transformers' own FP8 module replacement at full size: FP8 where we say so, and with our scales' shapes."""
+    planned = next(c for c in plans.get(manifest, spelling).components if c.source.name == "text_encoder")
+    assert planned.config is not None
+    model = fp8_replaced(planned.source.class_name, planned.config)
+    state = model.state_dict()
+    module_names = checkpoint_to_module_names(model, [t.module for t in planned.tensors])
+    fp8 = {module_names[t.module] for t in planned.tensors if t.decision.fp8}
+    assert {n for n, m in model.named_modules() if type(m).__name__ == "FP8Linear"} == fp8
+    assert {n.removesuffix(".weight_scale_inv") for n in state if n.endswith(".weight_scale_inv")} == fp8
+    for output in (o for shard in planned.shards for o in shard.schedule.outputs):
+        module, _, last = output.name.rpartition(".")
+        if last == "weight_scale_inv":
+            assert tuple(state[f"{module_names[module]}.{last}"].shape) == output.shape, output.name
+
+
+_GROUPS = {
+    "qwen-image": {"transformer": {3: 120}},
+    "qwen-image-edit": {"transformer": {3: 120}},
+    "qwen-image-layered": {"transformer": {3: 120}},
+    "z-image": {"transformer": {3: 34, 2: 34}},
+    "wan2.2": {"transformer": {3: 40}, "transformer_2": {3: 40}},
+}
+
+
+@pytest.mark.parametrize("manifest", MODELS)
+def test_fusion_groups_are_whole_in_every_block(plans: Plans, manifest: str) -> None:
+    """{component: {members: groups}}."""
+    found = {}
+    for component in plans.get(manifest).components:
+        groups = Counter(t.decision.group for t in component.tensors if t.decision.group is not None)
+        if groups:
+            found[component.source.name] = dict(Counter(groups.values()))
+    assert found == _GROUPS[manifest]
+
+
+@pytest.mark.parametrize("manifest", MODELS)
+def test_every_pattern_is_needed(plans: Plans, manifest: str) -> None:
+    """Each pattern decides at least one weight of a class that the manifest names."""
+    plain, compact = (plans.get(manifest, compact=c).components for c in (False, True))
+    for rules in shipped()[manifest].components:
+        if rules.mode == "keep":
+            assert rules.why
+            continue
+        components = [c for c in (*plain, *compact) if c.rules == rules]
+        decisions = [t.decision for c in components for t in c.tensors]
+        fp8 = {(d.mode, d.rule) for d in decisions if d.fp8}
+        kept = {d.rule for d in decisions if not d.fp8}
+        others = [n for class_name in rules.classes for n in _more_modules(class_name)]
+        for rule in rules.eligible:
+            assert (rules.mode, rule.pattern) in fp8, rule.pattern
+        for rule in rules.storage_layers:
+            assert ("storage", rule.pattern) in fp8, rule.pattern
+        for rule in rules.ignored_layers:
+            assert rule.pattern in kept, rule.pattern
+        for rule in rules.never_layers:  # convolutions among them are kept by their kind already
+            names = [
+                t.module for c in components for t in c.tensors if t.decision.kind in ("Linear", "Conv2d", "Conv3d")
+            ]
+            assert any(matches(rule.pattern, name) for name in (*names, *others)), rule.pattern
+
+
+def _more_modules(class_name: str) -> list[str]:
+    """Modules of a class that a manifest names beside the pipeline's own."""
+    return [n for n, _ in built(_qwen3, (("class_name", class_name),)).named_modules()] if "Qwen3" in class_name else []
+
+
+# For default.toml: architectures of which each has names of its own, with one block of each kind.
+_DITS = [
+    "AuraFlowTransformer2DModel",
+    "ChromaTransformer2DModel",
+    "Flux2Transformer2DModel",
+    "FluxTransformer2DModel",
+    "Ideogram4Transformer2DModel",
+    "JoyImageEditTransformer3DModel",
+    "Kandinsky5Transformer3DModel",
+    "Krea2Transformer2DModel",
+    "LTX2VideoTransformer3DModel",
+    "PRXTransformer2DModel",
+    "QwenImageTransformer2DModel",
+    "ZImageTransformer2DModel",
+]
+_DEPTHS = ("num_layers", "n_layers", "num_single_layers", "num_mmdit_layers", "num_single_dit_layers")
+
+
+@functools.cache
+def _default_names() -> dict[str, list[str]]:
+    """Module names under the default manifest's two entries."""
+    import diffusers
+    import transformers
+
+    def small(model: Any) -> list[str]:
+        return [n for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), torch.Tensor)]
+
+    with torch.device("meta"), quiet_libraries():
+        dits = []
+        for name in _DITS:
+            dit = getattr(diffusers, name)
+            depths = {k: 1 for k in inspect.signature(dit.__init__).parameters if k in _DEPTHS}
+            dits += small(build_on_meta("diffusers", name, depths))
+        gemma = transformers.Gemma3Config(text_config={"num_hidden_layers": 1}, vision_config={"num_hidden_layers": 1})
+        encoders = [
+            transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(num_hidden_layers=1)),
+            transformers.Gemma3ForConditionalGeneration(gemma),
+            transformers.T5EncoderModel(transformers.T5Config(num_layers=1)),
+            transformers.UMT5EncoderModel(transformers.UMT5Config(num_layers=1)),
+        ]
+        texts = [n for encoder in encoders for n in small(encoder)]
+    texts += small(built(_qwen_vl))
+    return {"transformer*": dits, "text_encoder*": texts}
+
+
+@pytest.mark.parametrize("component", ["transformer*", "text_encoder*"])
+def test_every_pattern_of_the_default_manifest_matches_some_model(component: str) -> None:
+    rules = next(r for r in shipped()["default"].components if r.component == component)
+    names = _default_names()[component]
+    for rule in (*rules.eligible, *rules.never_layers, *rules.ignored_layers, *rules.storage_layers):
+        assert any(matches(rule.pattern, name) for name in names), rule.pattern
+    for group in rules.fusion_groups:
+        parents = {n.rpartition(".")[0] for n in names if matches(group.parent, n.rpartition(".")[0])}
+        assert any({f"{parent}.{m}" for m in group.members} <= set(names) for parent in parents), group.parent
+
+
+def test_every_manifest_has_its_models_here() -> None:
+    assert {*MODELS, "default"} == set(shipped())
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as temporary:
+        GOLDEN.write_text(golden_text(Plans(Path(temporary))))

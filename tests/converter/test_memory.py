@@ -1,0 +1,175 @@
+"""Memory stays bounded whatever a tensor's size, measured by the operating system in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from pipelines import copied, saved
+from reference import read_safetensors
+
+from fp8_convert.converter.format.header import TensorInfo, encode_header
+from fp8_convert.converter.snapshot.modules import quiet_libraries
+
+LIMIT = 300 * 2**20
+_CHILD = """
+import sys
+from fp8_convert.converter import convert, plan_conversion
+
+def memory(key):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))
+
+plan_conversion(sys.argv[1])  # builds the classes: all imports are done
+imports = memory("VmHWM:")
+convert(sys.argv[1], sys.argv[2], workers=2, weight_block_size=[int(n) for n in sys.argv[3:]] or None)
+print(imports, memory("VmHWM:"))
+"""
+
+
+@pytest.fixture(scope="module")
+def three_gigabytes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Wan DiT of 3 GB in FP32 with weights of 1.1 GB: a sparse file, all zeros but for a few values."""
+    folder = tmp_path_factory.mktemp("large") / "transformer"
+    folder.mkdir()
+    with torch.device("meta"), quiet_libraries():
+        model = WanTransformer3DModel(num_layers=1, num_attention_heads=40, ffn_dim=53_760)
+        model.save_config(folder)
+    tensors, position = [], 0
+    for name, parameter in sorted(model.state_dict().items()):
+        tensors.append(TensorInfo(name, "F32", tuple(parameter.shape), position, position + 4 * parameter.numel()))
+        position += 4 * parameter.numel()
+    with open(folder / "diffusion_pytorch_model.safetensors", "wb") as file:
+        header = encode_header(tensors, {"format": "pt"})
+        file.write(header)
+        for tensor in tensors:
+            file.seek(len(header) + tensor.end - 4)
+            file.write(torch.tensor(-2.0).numpy().tobytes())
+    sizes = sorted(t.nbytes for t in tensors)
+    assert position > 3e9
+    assert sizes[-1] > 1.1e9
+    return folder
+
+
+_LOADING_CHILD = """
+import sys
+from fp8_convert.converter import plan_conversion
+from fp8_convert.loader import load_component, report
+
+def memory(key):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))
+
+plan_conversion(sys.argv[1])
+imports = memory("VmHWM:")
+model = load_component(sys.argv[1], quantization="fp8", device="cpu")
+weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+print(imports, weights, memory("VmHWM:"))
+"""
+
+
+def test_converting_while_loading_holds_the_result_and_little_more(three_gigabytes: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _LOADING_CHILD, three_gigabytes],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    imports, weights, peak = map(int, done.stdout.split())
+    assert peak - imports - weights <= LIMIT, f"{(peak - imports - weights) / 2**20:.0f} MiB over imports and weights"
+
+
+def test_a_large_file_that_is_only_copied(tmp_path: Path) -> None:
+    """What lies beside the weights may be of any size, too."""
+    source = copied(saved("z_image"), tmp_path / "source")
+    (source / "tokenizer" / "vocab.txt").touch()
+    os.truncate(source / "tokenizer" / "vocab.txt", 2 * LIMIT)  # a sparse file
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _CHILD, source, tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    imports, peak = map(int, done.stdout.split())
+    assert peak - imports <= LIMIT, f"{(peak - imports) / 2**20:.0f} MiB over imports"
+    assert (tmp_path / "out" / "tokenizer" / "vocab.txt").stat().st_size == 2 * LIMIT
+    shutil.rmtree(tmp_path / "out")
+
+
+_PLANNING_CHILD = """
+import json, sys
+from fp8_convert.converter import ConvertError, plan_conversion
+
+def memory(key):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))
+
+plan_conversion(sys.argv[1])
+imports = memory("VmHWM:")
+for source in sys.argv[2:]:
+    try:
+        plan_conversion(source)
+    except ConvertError as error:
+        print(error)
+print(memory("VmHWM:") - imports)
+"""
+
+
+def test_dry_runs_of_hostile_sources(tmp_path: Path) -> None:
+    """Whatever an uploader wrote into a config, it is refused in little memory."""
+    good = saved("z_image") / "transformer"
+    config = json.loads((good / "config.json").read_text())
+    layers = {"n_layers": 10**8}
+    modules = {"all_patch_size": [2] * 10**5, "all_f_patch_size": [1] * 10**5}  # as many as no number tells
+    damages = {
+        "has 2147483648 bytes": None,
+        "has more than 2000000 JSON values": b'{"a":[' + b"[]," * 1_390_000 + b"[]]}",
+        "asks for more layers": json.dumps({**config, **layers}).encode(),
+        "asks for more modules": json.dumps({**config, **modules}).encode(),
+    }
+    sources = []
+    for number, content in enumerate(damages.values()):
+        sources.append(copied(good, tmp_path / str(number)))
+        if content is None:
+            os.truncate(sources[-1] / "config.json", 2**31)  # a sparse file
+        else:
+            (sources[-1] / "config.json").write_bytes(content)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _PLANNING_CHILD, good, *sources],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *messages, peak = done.stdout.splitlines()
+    for expected, message in zip(damages, messages, strict=True):
+        assert expected in message
+    assert int(peak) <= LIMIT, f"{int(peak) / 2**20:.0f} MiB over imports"
+
+
+long_run = pytest.mark.skipif("FP8_CONVERT_FAULTS" not in os.environ, reason="a minute more: runs in `make faults`")
+
+
+@pytest.mark.parametrize("block", [pytest.param([], id="tensor"), pytest.param([128, 128], id="block", marks=long_run)])
+def test_three_gigabytes_with_a_tensor_of_one(three_gigabytes: Path, tmp_path: Path, block: list[int]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _CHILD, three_gigabytes, tmp_path / "out", *map(str, block)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    imports, peak = map(int, done.stdout.split())
+    assert peak - imports <= LIMIT, f"{(peak - imports) / 2**20:.0f} MiB over imports"
+    output = tmp_path / "out" / "diffusion_pytorch_model.safetensors"
+    written = read_safetensors(output)
+    name = "blocks.0.ffn.net.0.proj.weight"
+    assert written[name][0] == "F8_E4M3"
+    assert written[name][2][-2:] == b"\x00\xfe"  # -2 is the largest magnitude: code -448
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["ffn_dim"] == 53_760
+    output.unlink()
