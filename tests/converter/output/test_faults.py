@@ -182,7 +182,7 @@ def test_kill_while_the_snapshot_appears(
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_signals_stop_with_a_word_on_resuming(source: Path, tmp_path: Path, signum: signal.Signals) -> None:
     slow = (
-        "import time\nfrom fp8_convert.converter import writing\n"
+        "import time\nfrom fp8_convert.converter.output import writing\n"
         "write = writing.os.pwrite\n"
         "writing.os.pwrite = lambda *a: (print('writing', flush=True), time.sleep(0.2), write(*a))[2]\n"
         "from fp8_convert.converter.cli.commands import main\nmain()"
