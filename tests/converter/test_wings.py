@@ -17,7 +17,7 @@ import fp8_convert
 PACKAGE = Path(fp8_convert.__file__).parent
 # Each may import those before it, and modules of its own floor.
 FLOORS = ("telling", "format", "snapshot", "plan", "stream", "output", "checks", "doors", "cli", "demo")
-DOORS = ("conversion", "verification", "inspection", "finished")  # modules at the converter's root
+DOORS = ("conversion", "verification", "inspection", "finished", "tiny")  # modules at the converter's root
 # The command line starts the demo, which prints with what the command line prints with.
 UPWARD = {("converter.cli.commands", "converter.demo")}
 
