@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -27,7 +26,7 @@ from fp8_convert.converter.cli.render import render_inspection, render_manifests
 from fp8_convert.converter.demo import build_tiny_pipeline
 from fp8_convert.converter.plan.manifest import shipped
 from fp8_convert.converter.plan.plan import Plan, rows
-from fp8_convert.converter.telling.progress import Lines, Silent
+from fp8_convert.converter.telling.progress import Silent
 
 COMMAND = Path(sysconfig.get_path("scripts"), "fp8-convert")
 DIT = "transformer/diffusion_pytorch_model.safetensors"
@@ -309,15 +308,6 @@ def test_an_error_closes_the_progress_bar(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("fp8_convert.converter.cli.commands.for_terminal", lambda **_: Recorded())
     assert "NaN" in run(source, "-o", tmp_path / "out", code=1).stderr
     assert events == ["closed"]
-
-
-def test_progress_counts_anew_from_each_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fp8_convert.converter.telling.progress._LINE_EVERY_S", 0.0)
-    lines = Lines(out := io.StringIO())
-    for _ in range(2):
-        lines.start(10**9)
-        lines.advance(10**9)
-    assert [line.split(",")[0] for line in out.getvalue().splitlines()] == ["1.00 of 1.00 GB"] * 2
 
 
 def test_inspect_what_is_no_snapshot(tmp_path: Path) -> None:
