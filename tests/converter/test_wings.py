@@ -156,6 +156,12 @@ def test_the_loader_imports_nothing_of_the_command_line(source: Source) -> None:
     assert found == []
 
 
+def test_contributing_says_the_same_order() -> None:
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    order = text.partition("`telling < ")[2].partition("`")[0].replace("conversion, verification, inspection", "doors")
+    assert ("telling", *order.split(" < "), "demo") == FLOORS
+
+
 # The reader of imports itself: were it blind, everything above would pass.
 
 
