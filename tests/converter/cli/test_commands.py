@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import own_manifests
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -358,17 +359,7 @@ def test_demo_knows_its_folder_until_another_snapshot_replaces_it(tmp_path: Path
 
 def test_a_manifest_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text(
-        """
-        name = "mine"
-        [components.transformer]
-        mode = "w8a8"
-        kinds = ["Linear"]
-        [[components.transformer.eligible]]
-        pattern = "feed_forward"
-        why = "only these"
-        """
-    )
+    path.write_text(own_manifests.text("feed_forward", name="mine"))
     plan = json.loads(run(saved("z_image"), "--dry-run", "--json", "--manifest", path).stdout)
     fp8 = [t["name"] for c in plan["components"] for s in c["shards"] for t in s["tensors"] if t["decision"] == "fp8"]
     assert fp8
