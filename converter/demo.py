@@ -6,7 +6,6 @@ import hashlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,9 +17,9 @@ from .output.record import read_record
 from .snapshot.modules import quiet_libraries
 from .telling.errors import ConvertError
 from .telling.progress import bars_of_libraries
+from .tiny import tiny_pipeline
 from .verification import verify
 
-_HIDDEN = 128
 # Goes with the pipeline into its output, and so into the record, by which a rerun knows what it may replace.
 _README = "A tiny pipeline with random weights, made by `fp8-convert demo`. It paints noise; delete it at will.\n"
 
@@ -30,10 +29,8 @@ def run_demo(output: Path, say: Callable[[str], None]) -> None:
 
     Replaces an earlier demo's output and nothing else. Raises ConvertError.
     """
-    from ..loader import (
-        load_pipeline,
-        report,
-    )  # the demo stands above both halves; nothing else here imports the loader
+    # The demo stands above both halves; nothing else here imports the loader.
+    from ..loader import load_pipeline, report
 
     picture = output.with_name(f"{output.name}.png")  # not inside: `verify` wants nothing there that is not recorded
     again = _is_a_demos(output)
@@ -78,93 +75,3 @@ def build_tiny_pipeline(folder: Path, seed: int = 0) -> None:
     with quiet_libraries():
         tiny_pipeline(torch.bfloat16).save_pretrained(folder)
     (folder / "README.md").write_text(_README)
-
-
-def tiny_pipeline(dtype: torch.dtype) -> Any:
-    """A random ZImagePipeline of 5 M parameters in `dtype`."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
-
-    template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    return ZImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0, use_dynamic_shifting=False),
-        vae=_vae().to(dtype).eval(),
-        text_encoder=_text_encoder().to(dtype).eval(),
-        tokenizer=byte_tokenizer(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], template),
-        transformer=_transformer().to(dtype).eval(),
-    )
-
-
-def byte_tokenizer(specials: list[str], chat_template: str) -> Any:
-    """Byte-level BPE without merges: 256 byte tokens, then the specials."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import Qwen2Tokenizer
-
-    return Qwen2Tokenizer(
-        vocab={character: i for i, character in enumerate(sorted(ByteLevel.alphabet()))},
-        merges=[],
-        pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        unk_token="<|endoftext|>",
-        additional_special_tokens=specials,
-        chat_template=chat_template,
-    )
-
-
-def _text_encoder() -> Any:
-    from transformers import Qwen3Config, Qwen3Model
-
-    config = Qwen3Config(
-        hidden_size=_HIDDEN,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        vocab_size=264,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-    )
-    return Qwen3Model(config)
-
-
-def _transformer() -> Any:
-    from diffusers import ZImageTransformer2DModel
-
-    model = ZImageTransformer2DModel(
-        all_patch_size=(2,),
-        all_f_patch_size=(1,),
-        in_channels=16,
-        dim=256,
-        n_layers=2,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        qk_norm=True,
-        cap_feat_dim=_HIDDEN,
-        axes_dims=[32, 48, 48],
-        axes_lens=[1024, 64, 64],
-    )
-    torch.nn.init.normal_(model.x_pad_token, std=0.02)
-    torch.nn.init.normal_(model.cap_pad_token, std=0.02)
-    return model
-
-
-def _vae() -> Any:
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 16, 32, 32),
-        layers_per_block=1,
-        latent_channels=16,
-        norm_num_groups=8,
-        sample_size=64,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )

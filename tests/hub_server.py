@@ -129,7 +129,6 @@ class _Commit:
 class _Repo:
     gated: bool
     private_token: str | None
-    access_token: str | None
     branches: dict[str, str] = field(default_factory=dict)
     commits: dict[str, _Commit] = field(default_factory=dict)
 
@@ -145,22 +144,17 @@ class _Move:
 class HubServer:
     """Serves model repos from local folders; a context manager.
 
-    `repos` maps ids ("org/name") to folders, each served as branch "main". `page_size` is the number of
-    entries in a page of a tree listing. An exception inside the server is raised again by `stop()`.
+    An exception inside the server is raised again by `stop()`.
     """
 
-    def __init__(self, repos: dict[str, str | Path] | None = None, *, page_size: int = 1000) -> None:
+    def __init__(self) -> None:
         self.faults: list[Fault] = []
-        self.page_size = page_size
         self._repos: dict[str, _Repo] = {}
         self._log: list[Request] = []
         self._moves: list[_Move] = []
         self._lock = threading.Lock()
-        self._listeners: list[_Listener] = []
-        for repo_id, folder in (repos or {}).items():
-            self.add_repo(repo_id, folder)
         hub, cdn = _Listener(self, is_cdn=False), _Listener(self, is_cdn=True)
-        self._listeners = [hub, cdn]
+        self._listeners: list[_Listener] = [hub, cdn]
         self.url, self.cdn_url = hub.url, cdn.url
 
     def start(self) -> "HubServer":
@@ -193,17 +187,16 @@ class HubServer:
         *,
         gated: bool = False,
         private_token: str | None = None,
-        access_token: str | None = None,
     ) -> str:
         """Serve `folder` as the branch `revision` and return its commit hash.
 
         A repo that is already there gets one more branch and keeps its access rules. With `private_token`
         the repo does not exist for whoever lacks that token. With `gated` everyone may list the repo, and
-        only `access_token` (None: nobody) may read its files.
+        nobody may read its files.
         """
         commit = _commit(repo_id, Path(folder))
         with self._lock:
-            repo = self._repos.setdefault(repo_id, _Repo(gated, private_token, access_token))
+            repo = self._repos.setdefault(repo_id, _Repo(gated, private_token))
             repo.commits[commit.sha] = commit
             repo.branches[revision] = commit.sha
         return commit.sha
@@ -386,7 +379,7 @@ class _Handler(BaseHTTPRequestHandler):
             if token is None:
                 return self._refuse(401, "RepoNotFound", "Invalid username or password.")
             return self._refuse(404, "RepoNotFound", "Repository not found")
-        if route == "resolve" and repo.gated and (token is None or token != repo.access_token):
+        if route == "resolve" and repo.gated:
             restricted = f"Access to model {repo_id} is restricted"
             if token is None:
                 message = f"{restricted}. You must have access to it and be authenticated to access it."
@@ -426,19 +419,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._send_json(info)
 
     def _send_tree(self, commit: _Commit, folder: str) -> None:
-        recursive, expand = _is_on(self.path, "recursive"), _is_on(self.path, "expand")
-        entries = _tree(commit, folder, recursive=recursive, expand=expand)
+        entries = _tree(commit, folder, recursive=_is_on(self.path, "recursive"))
         if folder and not entries:
             return self._refuse(404, "EntryNotFound", f"{folder} does not exist on the revision")
-        url = urlsplit(self.path)
-        query = parse_qs(url.query)
-        start = int(query.pop("cursor", ["0"])[0])
-        stop = start + self.server.hub.page_size
-        headers = {}
-        if stop < len(entries):
-            rest = "&".join(f"{name}={values[0]}" for name, values in query.items())
-            headers["Link"] = f'<{self.server.url}{url.path}?{rest}&cursor={stop}>; rel="next"'
-        self._send_json(entries[start:stop], headers)
+        self._send_json(entries)
 
     def _resolve(self, repo_id: str, commit: _Commit, path: str) -> None:
         file = commit.files.get(path)
@@ -499,8 +483,8 @@ class _Handler(BaseHTTPRequestHandler):
                 _hang_up(self.connection)
             self.close_connection = True
 
-    def _send_json(self, value: object, headers: dict[str, str] | None = None) -> None:
-        self._send(200, {"Content-Type": "application/json"} | (headers or {}), json.dumps(value).encode())
+    def _send_json(self, value: object) -> None:
+        self._send(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
 
     def _refuse(self, status: int, code: str | None, message: str, headers: dict[str, str] | None = None) -> None:
         headers = {"Content-Type": "application/json", "X-Error-Message": message} | (headers or {})
@@ -552,7 +536,7 @@ def _git_oid(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def _tree(commit: _Commit, folder: str, *, recursive: bool, expand: bool) -> list[dict[str, object]]:
+def _tree(commit: _Commit, folder: str, *, recursive: bool) -> list[dict[str, object]]:
     prefix = f"{folder}/" if folder else ""
     entries: dict[str, dict[str, object]] = {}
     for path, file in commit.files.items():
@@ -568,20 +552,15 @@ def _tree(commit: _Commit, folder: str, *, recursive: bool, expand: bool) -> lis
             if file.sha256 is not None:
                 lfs = {"oid": file.sha256, "size": file.size, "pointerSize": file.pointer_size}
                 entries[path]["lfs"] = lfs
-    if expand:
-        for entry in entries.values():
-            entry["lastCommit"] = {"id": commit.sha, "title": "Upload", "date": _DATE}
     return list(entries.values())
 
 
 def _parse_range(header: str | None, size: int) -> tuple[int, int] | None:
     """The bytes [start, stop) asked for, empty where there are none; None: send the whole file."""
-    found = re.fullmatch(r"bytes=(\d*)-(\d*)", header or "")
-    if found is None or found[0] == "bytes=-":  # several ranges may be answered by the whole file as well
+    found = re.fullmatch(r"bytes=(\d+)-(\d*)", header or "")
+    if found is None:  # several ranges may be answered by the whole file as well
         return None
-    first, last = found[1], found[2]
-    if not first:
-        return max(0, size - int(last)), size
+    first, last = found.groups()
     return int(first), min(int(last) + 1, size) if last else size
 
 

@@ -18,23 +18,11 @@ from typing import Any
 
 import torch
 
-from fp8_convert.converter.demo import byte_tokenizer, tiny_pipeline
 from fp8_convert.converter.snapshot.modules import quiet_libraries
+from fp8_convert.converter.tiny import HIDDEN, byte_tokenizer, image_vae, tiny_pipeline
 
-HIDDEN = 128
 BF16 = torch.bfloat16
 
-_IMAGE_VAE: dict[str, Any] = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (16, 16, 32, 32),
-    "layers_per_block": 1,
-    "latent_channels": 16,
-    "norm_num_groups": 8,
-    "sample_size": 64,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
 _CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
@@ -157,7 +145,7 @@ def wan22(dtype: torch.dtype = BF16, *, fp32_dits: bool = False) -> Any:
 
 def flux(dtype: torch.dtype = BF16) -> Any:
     """FluxPipeline, for which there is no manifest: one DiT, CLIP and T5 encoders, an image VAE."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     clip = CLIPTextConfig(
@@ -183,10 +171,9 @@ def flux(dtype: torch.dtype = BF16) -> Any:
         joint_attention_dim=HIDDEN,
         pooled_projection_dim=HIDDEN,
     )
-    vae = AutoencoderKL(**_IMAGE_VAE)
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=vae.to(dtype).eval(),
+        vae=image_vae().to(dtype).eval(),
         text_encoder=CLIPTextModel(clip).to(dtype).eval(),
         tokenizer=_clip_tokenizer(),
         text_encoder_2=T5EncoderModel(t5).to(dtype).eval(),

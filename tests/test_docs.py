@@ -113,3 +113,12 @@ def test_links_exist(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)", document.read_text()):
         if "://" not in target:
             assert (document.parent / target).exists(), target
+
+
+def test_contributing_names_files_and_commands_that_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    paths = set(re.findall(r"`([\w/]+\.(?:py|md|toml))`", text)) - {"manifests/NAME.toml"}
+    assert len(paths) > 10
+    assert [path for path in sorted(paths) if not (ROOT / path).is_file()] == []
+    targets = set(re.findall(r"(?m)^([a-z]+):", (ROOT / "Makefile").read_text()))
+    assert {"test", "demo"} <= set(re.findall(r"(?m)(?:^|`)make ([a-z]+)", text)) <= targets

@@ -11,8 +11,6 @@ from typing import Protocol, TextIO
 
 from tqdm import tqdm
 
-_LINE_EVERY_S = 10.0
-
 
 def _nothing() -> None: ...
 
@@ -71,13 +69,18 @@ class Bar(Silent):
 
 
 class Lines(Silent):
-    """A line at most every ten seconds, for logs."""
+    """A line at most every `every_s` seconds, for logs."""
 
     def __init__(
-        self, out: TextIO, on_start: Callable[[], None] = _nothing, on_finishing: Callable[[], None] = _nothing
+        self,
+        out: TextIO,
+        on_start: Callable[[], None] = _nothing,
+        on_finishing: Callable[[], None] = _nothing,
+        *,
+        every_s: float = 10.0,
     ) -> None:
         super().__init__(on_start, on_finishing)
-        self._out = out
+        self._out, self._every_s = out, every_s
         self._total = self._done = 0
         self._started = self._last = time.monotonic()
 
@@ -89,7 +92,7 @@ class Lines(Silent):
     def advance(self, count: int) -> None:
         self._done += count
         now = time.monotonic()
-        if now - self._last >= _LINE_EVERY_S:
+        if now - self._last >= self._every_s:
             self._last = now
             rate = self._done / (now - self._started)
             left = (self._total - self._done) / rate if rate else 0.0

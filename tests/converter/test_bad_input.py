@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import own_manifests
 import pytest
 import torch
 from click.testing import CliRunner
@@ -317,15 +318,7 @@ def test_no_cuda_device(output: Path) -> None:
 
 # Manifests
 
-MANIFEST = """
-name = "mine"
-[components.transformer]
-mode = "w8a8"
-kinds = ["Linear"]
-[[components.transformer.eligible]]
-pattern = "layers.*"
-why = "a test"
-"""
+MANIFEST = own_manifests.text(name="mine")
 
 
 @pytest.mark.parametrize(

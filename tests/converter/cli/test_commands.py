@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -14,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import own_manifests
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -27,7 +27,7 @@ from fp8_convert.converter.cli.render import render_inspection, render_manifests
 from fp8_convert.converter.demo import build_tiny_pipeline
 from fp8_convert.converter.plan.manifest import shipped
 from fp8_convert.converter.plan.plan import Plan, rows
-from fp8_convert.converter.telling.progress import Lines, Silent
+from fp8_convert.converter.telling.progress import Silent
 
 COMMAND = Path(sysconfig.get_path("scripts"), "fp8-convert")
 DIT = "transformer/diffusion_pytorch_model.safetensors"
@@ -311,15 +311,6 @@ def test_an_error_closes_the_progress_bar(tmp_path: Path, monkeypatch: pytest.Mo
     assert events == ["closed"]
 
 
-def test_progress_counts_anew_from_each_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fp8_convert.converter.telling.progress._LINE_EVERY_S", 0.0)
-    lines = Lines(out := io.StringIO())
-    for _ in range(2):
-        lines.start(10**9)
-        lines.advance(10**9)
-    assert [line.split(",")[0] for line in out.getvalue().splitlines()] == ["1.00 of 1.00 GB"] * 2
-
-
 def test_inspect_what_is_no_snapshot(tmp_path: Path) -> None:
     assert run("inspect", tmp_path / "none", code=1).stderr.startswith("error: ")
     assert run("inspect", tmp_path, code=1).stderr.startswith("error: ")
@@ -368,17 +359,7 @@ def test_demo_knows_its_folder_until_another_snapshot_replaces_it(tmp_path: Path
 
 def test_a_manifest_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text(
-        """
-        name = "mine"
-        [components.transformer]
-        mode = "w8a8"
-        kinds = ["Linear"]
-        [[components.transformer.eligible]]
-        pattern = "feed_forward"
-        why = "only these"
-        """
-    )
+    path.write_text(own_manifests.text("feed_forward", name="mine"))
     plan = json.loads(run(saved("z_image"), "--dry-run", "--json", "--manifest", path).stdout)
     fp8 = [t["name"] for c in plan["components"] for s in c["shards"] for t in s["tensors"] if t["decision"] == "fp8"]
     assert fp8

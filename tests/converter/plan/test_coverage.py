@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import own_manifests
 import pytest
 import torch
 from pipelines import BUILDERS, _clip_tokenizer, saved
@@ -16,28 +17,12 @@ from fp8_convert.converter.cli.render import render_plan
 from fp8_convert.converter.plan.plan import ComponentPlan, Plan
 from fp8_convert.converter.snapshot.modules import quiet_libraries
 
-OWN = """
-name = "own"
-[components.transformer]
-mode = "w8a8"
-kinds = ["Linear"]
-[[components.transformer.eligible]]
-pattern = "{}"
-why = "a test"
-"""
-ENCODER = """
-[components.text_encoder]
-mode = "storage"
-kinds = ["Linear"]
-[[components.text_encoder.eligible]]
-pattern = "mlp"
-why = "a test"
-"""
+ENCODER = own_manifests.table("text_encoder", "storage", "mlp")
 
 
 def own(folder: Path, pattern: str, rest: str = "") -> str:
     path = folder / "own.toml"
-    path.write_text(OWN.format(pattern) + rest)
+    path.write_text(own_manifests.text(pattern) + rest)
     return str(path)
 
 

@@ -27,6 +27,7 @@ from fp8_convert.converter.plan.manifest import shipped
 from fp8_convert.converter.plan.pattern import matches
 from fp8_convert.converter.plan.plan import ComponentPlan, Plan, rows
 from fp8_convert.converter.snapshot.modules import build_on_meta, checkpoint_to_module_names, quiet_libraries
+from fp8_convert.converter.tiny import image_vae
 
 GOLDEN = Path(__file__).with_name("golden_manifests.json")
 COMMAND = "PYTHONPATH=tests python tests/converter/plan/test_manifests_full_size.py"
@@ -116,17 +117,7 @@ def _wan_vae() -> Any:
 
 
 def _z_image_vae() -> Any:
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        latent_channels=16,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+    return image_vae(block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32, sample_size=1024)
 
 
 _QWEN_IMAGE = {"transformer": (_qwen_dit, {}), "text_encoder": (_qwen_vl, {}), "vae": (_qwen_vae, {})}

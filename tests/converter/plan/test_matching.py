@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import own_manifests
 import pytest
 from click.testing import CliRunner, Result
 from hub_server import running_hub
@@ -173,15 +174,7 @@ def test_the_shipped_manifests_fit_their_pipelines_and_lone_components(source: s
 
 # One's own manifests, as users run them
 
-OWN = """
-name = "own"
-[components.transformer]
-mode = "w8a8"
-kinds = ["Linear"]
-[[components.transformer.eligible]]
-pattern = "layers.*"
-why = "a test"
-"""
+OWN = own_manifests.text()
 
 
 def own(folder: Path, text: str = OWN) -> Path:

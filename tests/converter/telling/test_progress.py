@@ -38,6 +38,21 @@ def test_quiet_says_nothing() -> None:
     assert out.getvalue() == ""
 
 
+def test_lines_count_anew_from_each_start() -> None:
+    lines = Lines(out := io.StringIO(), every_s=0)
+    for _ in range(2):
+        lines.start(10**9)
+        lines.advance(10**9)
+    assert [line.split(",")[0] for line in out.getvalue().splitlines()] == ["1.00 of 1.00 GB"] * 2
+
+
+def test_lines_are_rare() -> None:
+    lines = Lines(out := io.StringIO(), every_s=3600)
+    lines.start(10)
+    lines.advance(10)
+    assert out.getvalue() == ""
+
+
 def draw_all() -> None:
     """Let every library that draws bars draw one."""
     for tqdm in (diffusers_logging.tqdm, transformers_logging.tqdm, hub_utils.tqdm):
