@@ -12,18 +12,21 @@ if TYPE_CHECKING:
     from .plan.manifest import Manifest, load_manifest
     from .plan.manifest_check import ManifestCheck, check_manifest
     from .plan.plan import Plan
-    from .telling.errors import ConvertError, Fp8Error, ResumableError
+    from .snapshot.access import HubAccess
+    from .telling.errors import ConvertError, Fp8Error, ResumableError, SettingsError
     from .verification import Verification, verify
 
 _MODULES = {
     "ConvertError": "telling.errors",
     "Fp8Error": "telling.errors",
+    "HubAccess": "snapshot.access",
     "Inspection": "inspection",
     "Manifest": "plan.manifest",
     "ManifestCheck": "plan.manifest_check",
     "Plan": "plan.plan",
     "Result": "conversion",
     "ResumableError": "telling.errors",
+    "SettingsError": "telling.errors",
     "Verification": "verification",
     "check_manifest": "plan.manifest_check",
     "convert": "conversion",
@@ -36,12 +39,14 @@ _MODULES = {
 __all__ = [
     "ConvertError",
     "Fp8Error",
+    "HubAccess",
     "Inspection",
     "Manifest",
     "ManifestCheck",
     "Plan",
     "Result",
     "ResumableError",
+    "SettingsError",
     "Verification",
     "check_manifest",
     "convert",

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .format.layout import Block
 from .format.untrusted import check_text
-from .plan.manifest import choose_manifest, load_manifest
-from .plan.recipe import Recipe, parse_size
-from .snapshot.access import SourceOptions
+from .output.work import Work
+from .plan.manifest import choose_manifest
+from .plan.settings import Settings
+from .snapshot.access import HubAccess
 from .snapshot.locate import describe_source, open_files
 from .snapshot.source import Files, outline
 from .telling.errors import ConvertError
@@ -100,34 +100,12 @@ def plan_conversion(
     activation_scheme: str = "dynamic",
     input_scales: str | os.PathLike[str] | None = None,
     max_shard_size: int | str | None = None,
-    options: SourceOptions | None = None,
+    options: HubAccess | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Plan a conversion from headers alone; a Hub id is not downloaded. Arguments are those of `convert`."""
-    if quantization != "fp8":
-        raise ConvertError(f"The quantization {quantization!r} is unknown; the only one is fp8.")
-    options = options or SourceOptions()
-    files = open_files(source, options)
-    own = load_manifest(manifest) if manifest else None
-    if headline := _headline(files, own.name if own else None):
-        (progress or Silent()).say(headline)
-    # Only now, since it imports PyTorch: what is begun was said.
-    from .plan.plan import make_plan
-    from .plan.scales import read_input_scales
-
-    snapshot = describe_source(files, options)
-    classes = {c.name: c.class_name for c in snapshot.components}
-    recipe = Recipe(
-        manifest=own or choose_manifest(snapshot.repo, snapshot.pipeline, classes),
-        ignored_layers=tuple(ignored_layers),
-        components=tuple(components),
-        compact=compact,
-        block=_block(weight_block_size),
-        activation_scheme=activation_scheme,
-        input_scales=read_input_scales(Path(input_scales)) if input_scales is not None else None,
-        max_shard_size=parse_size(max_shard_size),
-    )
-    return make_plan(snapshot, recipe)
+    settings = Settings.among(locals())
+    return _plan(source, settings, options or HubAccess(), progress or Silent())
 
 
 def convert(
@@ -177,40 +155,30 @@ def convert(
     finished one is left as it is (`already_done`); an unfinished one never looks like a snapshot. Raises ConvertError
     with a sentence for the user.
     """
+    settings = Settings.among(locals())
+    access = HubAccess(revision, token, cache_dir, local_files_only, variant, quiet=quiet)
+    work = Work(device=device, workers=workers, stream=stream, force=force, check=check)
+    return convert_with(settings, source, Path(output), access, work, progress or Silent())
+
+
+def convert_with(
+    settings: Settings,
+    source: str | os.PathLike[str],
+    output: Path,
+    access: HubAccess,
+    work: Work,
+    progress: Progress,
+) -> Result:
+    """As `convert`, from its settings."""
     started = time.monotonic()
-    progress = progress or Silent()
-    output = Path(output)
-    options = SourceOptions(revision, token, cache_dir, local_files_only, variant, quiet=quiet)
-    plan = plan_conversion(
-        source,
-        quantization=quantization,
-        manifest=manifest,
-        ignored_layers=ignored_layers,
-        components=components,
-        compact=compact,
-        weight_block_size=weight_block_size,
-        activation_scheme=activation_scheme,
-        input_scales=input_scales,
-        max_shard_size=max_shard_size,
-        options=options,
-        progress=progress,
-    )
+    plan = _plan(source, settings, access, progress)
     _check_outside(output, source)
-    digest = None if force else _finished_already(plan, output, check, progress)
+    digest = None if work.force else _finished_already(plan, output, work.check, progress)
     already, resumed = digest is not None, 0
     if digest is None:
         from .output.run import run
 
-        plan, digest, resumed = run(
-            plan,
-            output,
-            device=device,
-            workers=workers,
-            stream=stream,
-            force=force,
-            options=options,
-            progress=progress,
-        )
+        plan, digest, resumed = run(plan, output, work, access, progress)
     progress.say(
         f"commit {plan.snapshot.commit or 'none (a folder)'}, recipe {plan.recipe.sha256()}, snapshot {digest}"
     )
@@ -225,6 +193,18 @@ def convert(
         digest,
         already,
     )
+
+
+def _plan(source: str | os.PathLike[str], settings: Settings, access: HubAccess, progress: Progress) -> Plan:
+    files = open_files(source, access)
+    own = settings.own_manifest()
+    if headline := _headline(files, own.name if own else None):
+        progress.say(headline)
+    # Only now, since it imports PyTorch: what is begun was said.
+    from .plan.plan import make_plan
+
+    snapshot = describe_source(files, access)
+    return make_plan(snapshot, settings.resolve(snapshot, own))
 
 
 def peak_rss() -> int | None:
@@ -273,11 +253,3 @@ def _check_outside(output: Path, source: str | os.PathLike[str]) -> None:
         return
     if output.resolve().is_relative_to(Path(source).resolve()):
         raise ConvertError(f"{output} is the source or lies inside it; choose another folder for the output.")
-
-
-def _block(size: Sequence[int] | None) -> Block | None:
-    if size is None:
-        return None
-    if len(size) != 2 or not all(isinstance(n, int) for n in size):
-        raise ConvertError(f"The block size {list(size)} must be two numbers, such as 128 128.")
-    return size[0], size[1]

@@ -20,7 +20,7 @@ from .format.header import TensorInfo, read_header
 from .output.record import check_record, read_record
 from .output.unfinished import Unfinished, find_unfinished, is_published
 from .plan.recipe import ACTIVATION_SCHEMES
-from .snapshot.access import SourceOptions
+from .snapshot.access import HubAccess
 from .snapshot.locate import check_variant, find_snapshot
 from .snapshot.modules import module_map
 from .snapshot.source import CONFIG, Component, Files, LocalFiles, Shard
@@ -118,12 +118,12 @@ class Inspection:
         return {"ok": self.ok, **asdict(self)}
 
 
-def inspect(path: str | os.PathLike[str], *, options: SourceOptions | None = None) -> Inspection:
+def inspect(path: str | os.PathLike[str], *, options: HubAccess | None = None) -> Inspection:
     """Inspect a snapshot's folder or Hub id (which is not downloaded), a component's folder or a .safetensors file.
 
     The output of a conversion that was interrupted is no error here: see `unfinished`. Raises ConvertError.
     """
-    options = options or SourceOptions()
+    options = options or HubAccess()
     place = Path(path)
     if os.path.isfile(place) or (place.suffix == ".safetensors" and not os.path.isdir(place)):
         return _inspect_file(place)

@@ -26,7 +26,7 @@ from .format.untrusted import parse_json, read_whole
 from .output.record import check_record, read_record
 from .output.writing import file_sha256
 from .plan.recipe import ACTIVATION_SCHEMES
-from .snapshot.access import SourceOptions
+from .snapshot.access import HubAccess
 from .snapshot.modules import module_map
 from .snapshot.source import CONFIG, Component, LocalFiles, Shard, describe, require_folder
 from .telling.errors import ConvertError
@@ -75,7 +75,7 @@ def verify(
     *,
     source: str | os.PathLike[str] | None = None,
     manifest: str | None = None,
-    options: SourceOptions | None = None,
+    options: HubAccess | None = None,
     progress: Progress | None = None,
 ) -> Verification:
     """Check a converted snapshot; with `source` (a folder or a Hub id), also against what it was made from.
@@ -85,7 +85,7 @@ def verify(
     """
     root = Path(path)
     progress = progress or Silent()
-    options = options or SourceOptions()
+    options = options or HubAccess()
     require_folder(root)
     if not (root / layout.RECORD_FILE).is_file():
         advice = "run its conversion again" if (root / STAGING).exists() else "give the folder that fp8-convert wrote"

@@ -17,7 +17,7 @@ from ..converter.format import layout
 from ..converter.format.header import TensorInfo
 from ..converter.format.layout import STAGING, WeightFormat
 from ..converter.output.record import read_record
-from ..converter.snapshot.access import SourceOptions
+from ..converter.snapshot.access import HubAccess
 from ..converter.snapshot.hub import HubFiles, download
 from ..converter.snapshot.locate import find_snapshot
 from ..converter.snapshot.source import CONFIG, Component, LocalFiles, Snapshot, describe, needed_files
@@ -48,7 +48,7 @@ class Fp8Modules:
         return str(self.config.get("activation_scheme") or "dynamic")
 
 
-def open_snapshot(source: str | os.PathLike[str], options: SourceOptions) -> Snapshot:
+def open_snapshot(source: str | os.PathLike[str], options: HubAccess) -> Snapshot:
     """Describe a folder or Hub id, converted or not. A Hub repository is asked, not downloaded.
 
     Raises ConvertError, and LoadError for the output of a conversion that has not finished.
@@ -59,7 +59,7 @@ def open_snapshot(source: str | os.PathLike[str], options: SourceOptions) -> Sna
     return find_snapshot(source, options, allow_converted=True)
 
 
-def fetched(snapshot: Snapshot, options: SourceOptions, *, recorded: bool = False) -> tuple[Snapshot, Path]:
+def fetched(snapshot: Snapshot, options: HubAccess, *, recorded: bool = False) -> tuple[Snapshot, Path]:
     """The snapshot with its files on this machine, and the folder they are in.
 
     recorded: also the files that only the record lists, as checking its digests needs them.

@@ -8,6 +8,7 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,10 +17,13 @@ from torch import nn
 
 from ..converter.format import layout
 from ..converter.output.record import read_record
-from ..converter.snapshot.access import SourceOptions
+from ..converter.output.work import Work
+from ..converter.plan.settings import Settings
+from ..converter.snapshot.access import HubAccess
 from ..converter.snapshot.source import Component, Snapshot
 from ..converter.stream.shard_stream import Engine
-from ..converter.telling.errors import LoadError
+from ..converter.telling.errors import LoadError, SettingsError
+from ..converter.telling.progress import Silent
 from .arguments import choose_device, choose_dtype, without_habits
 from .assemble import accepted_arguments, assemble, pipeline_class
 from .backend import Choice
@@ -36,7 +40,7 @@ from .checkpoint import (
 )
 from .fill import Filler, fill_from_shards, fill_from_stream
 from .quantizer import Fp8Config, Fp8DiffusersQuantizer, Fp8TransformersQuantizer, adopt, planned_modules
-from .settings import Planned, Settings, plan_for, settings_for
+from .settings import Planned, Request, Wanted, plan_for
 
 logger = logging.getLogger(__name__)
 
@@ -86,19 +90,20 @@ def load_pipeline(
     """
     _check_backend(backend)
     target, compute = choose_device(device, device_map), choose_dtype(dtype, torch_dtype)
-    options = SourceOptions(revision, token, cache_dir, local_files_only, variant)
-    snapshot = open_snapshot(source, options)
+    access = HubAccess(revision, token, cache_dir, local_files_only, variant)
+    request = Request(quantization, quantization_config, manifest, compact)
+    snapshot = open_snapshot(source, access)
     if snapshot.pipeline is None:
         raise LoadError(f"{snapshot.label} is a single component, not a pipeline; use load_component.")
     taker = pipeline_class(snapshot.pipeline)
     given = without_habits(pipeline_arguments, accepted_arguments(taker), taker.__name__, _options(load_pipeline))
-    settings = settings_for(snapshot, quantization, quantization_config, manifest, compact)
+    wanted = request.of(snapshot)
     if save_as is not None:
-        _convert_to(source, save_as, settings, manifest, compact, options, target)
-        snapshot, settings = open_snapshot(save_as, SourceOptions()), None
-        options = SourceOptions()
-    snapshot, root = _fetch(snapshot, settings, options, verify)
-    planned = plan_for(snapshot, settings, manifest, compact)
+        _convert_to(source, save_as, wanted, access, target)
+        access = HubAccess()
+        snapshot, wanted = open_snapshot(save_as, access), None
+    snapshot, root = _fetch(snapshot, wanted, access, verify)
+    planned = plan_for(snapshot, wanted)
     components = dict(given)
     for component in snapshot.components:
         if component.name not in components and (component.name in planned or is_converted(component)):
@@ -137,17 +142,18 @@ def load_component(
     _check_backend(backend)
     without_habits(unknown, (), "load_component", _options(load_component))
     target, compute = choose_device(device, device_map), choose_dtype(dtype, torch_dtype)
-    options = SourceOptions(revision, token, cache_dir, local_files_only, variant)
-    snapshot = open_snapshot(source, options)
+    access = HubAccess(revision, token, cache_dir, local_files_only, variant)
+    request = Request(quantization, quantization_config, manifest, compact)
+    snapshot = open_snapshot(source, access)
     names = [c.name for c in snapshot.components]
-    wanted = component or ""
-    if wanted not in names:
-        raise LoadError(f"{snapshot.label} has no component {wanted!r} with weights; it has {', '.join(names)}.")
-    settings = settings_for(snapshot, quantization, quantization_config, manifest, compact, wanted)
-    snapshot, root = _fetch(snapshot, settings, options, verify)
-    planned = plan_for(snapshot, settings, manifest, compact)
-    found = next(c for c in snapshot.components if c.name == wanted)
-    if wanted not in planned and not is_converted(found):
+    name = component or ""
+    if name not in names:
+        raise LoadError(f"{snapshot.label} has no component {name!r} with weights; it has {', '.join(names)}.")
+    wanted = request.of(snapshot, name)
+    snapshot, root = _fetch(snapshot, wanted, access, verify)
+    planned = plan_for(snapshot, wanted)
+    found = next(c for c in snapshot.components if c.name == name)
+    if name not in planned and not is_converted(found):
         raise LoadError(f"{found.label} of {snapshot.label} has no FP8 weights; load it with from_pretrained.")
     model = _load(found, root, planned, target, compute, strict, backend)
     _log(f"{type(model).__name__} ({found.label})", snapshot, root, target)
@@ -164,24 +170,22 @@ def _options(function: Callable[..., Any]) -> list[str]:
     return [name for name, p in inspect.signature(function).parameters.items() if p.kind is not p.VAR_KEYWORD]
 
 
-def _fetch(
-    snapshot: Snapshot, settings: Settings | None, options: SourceOptions, verify: bool
-) -> tuple[Snapshot, Path]:
+def _fetch(snapshot: Snapshot, wanted: Wanted | None, access: HubAccess, verify: bool) -> tuple[Snapshot, Path]:
     """The snapshot with its files on this machine, its digests checked where that is asked for.
 
     A variant that an original snapshot lacks is refused; a converted one has none, whatever it was made from.
     """
-    if verify and settings is not None:
+    if verify and wanted is not None:
         raise ValueError(
             f"verify=True compares a converted snapshot with its record, and {snapshot.label} is not converted; leave "
             "it out, or write a snapshot with save_as=FOLDER."
         )
     shards = (shard.path.rpartition("/")[2] for c in snapshot.components for shard in c.shards)
-    if settings is not None and options.variant and not any(f".{options.variant}" in name for name in shards):
+    if wanted is not None and access.variant and not any(f".{access.variant}" in name for name in shards):
         raise LoadError(
-            f"No component of {snapshot.label} has weights of the variant {options.variant!r}; correct or drop it."
+            f"No component of {snapshot.label} has weights of the variant {access.variant!r}; correct or drop it."
         )
-    snapshot, root = fetched(snapshot, options, recorded=verify)
+    snapshot, root = fetched(snapshot, access, recorded=verify)
     if verify:
         check_digests(root)
     return snapshot, root
@@ -208,39 +212,28 @@ def _log(what: str, snapshot: Snapshot, root: Path, device: torch.device) -> Non
 def _convert_to(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    settings: Settings | None,
-    manifest: str | None,
-    compact: bool,
-    options: SourceOptions,
+    wanted: Wanted | None,
+    access: HubAccess,
     device: torch.device,
 ) -> None:
     """Writes the converted snapshot, which is then what is loaded."""
-    from ..converter.conversion import convert  # only here: loading needs none of what writing needs
+    from ..converter.conversion import convert_with  # only here: loading needs none of what writing needs
 
-    if settings is None:
-        raise ValueError("save_as is for an original snapshot, and this one is converted already; copy its folder.")
-    given = {name: value for name, value in settings.items() if value is not None}
-    first = next(iter(given.values()), {})
-    if any(value != first for value in given.values()):
-        raise ValueError(
+    if wanted is None:
+        raise SettingsError("save_as is for an original snapshot, and this one is converted already; copy its folder.")
+    given = {name: settings for name, settings in wanted.items() if settings is not None}
+    settings = next(iter(given.values()), Settings())
+    if any(other != settings for other in given.values()):
+        raise SettingsError(
             "save_as writes one recipe: give every component the same quantization_config, or leave it out."
         )
-    convert(
+    convert_with(
+        replace(settings, components=tuple(name for name in given if name)),
         source,
-        output,
-        manifest=manifest,
-        ignored_layers=tuple(first.get("ignored_layers") or ()),
-        components=tuple(name for name in given if name),
-        compact=compact,
-        weight_block_size=first.get("weight_block_size"),
-        activation_scheme=first.get("activation_scheme", "dynamic"),
-        input_scales=first.get("input_scales"),
-        device="cuda" if device.type == "cuda" else "cpu",
-        revision=options.revision,
-        token=options.token,
-        cache_dir=options.cache_dir,
-        local_files_only=options.local_files_only,
-        variant=options.variant,
+        Path(output),
+        access,
+        Work(device="cuda" if device.type == "cuda" else "cpu"),
+        Silent(),
     )
 
 

@@ -24,13 +24,13 @@ from ..converter.format import layout
 from ..converter.format.header import read_header
 from ..converter.plan.manifest import choose_manifest
 from ..converter.plan.plan import ComponentPlan, make_plan
-from ..converter.plan.recipe import Recipe
+from ..converter.plan.settings import Settings, unknown_setting
 from ..converter.snapshot.source import CONFIG, MODEL_INDEX, Component, LocalFiles, Shard, Snapshot, read_json
 from ..converter.stream.shard_stream import Engine, measure, stream_shard
-from ..converter.telling.errors import LoadError
+from ..converter.telling.errors import LoadError, SettingsError
 from .build import install_all, tensor_names
 from .checkpoint import Fp8Modules, check_scale, fp8_modules
-from .config import config_problem
+from .config import CONFIG_KEYS, config_problem
 from .weights import Fp8Weight
 
 
@@ -64,8 +64,10 @@ class Fp8Config(QuantizationConfigMixin):  # type: ignore[misc]
             "is_checkpoint_fp8_serialized": is_checkpoint_fp8_serialized,
             "quant_method": quant_method,
         }
-        if problem := config_problem({**given, **unknown}):
-            raise ValueError(f"The quantization_config cannot be used: {problem}.")
+        if unknown:
+            raise SettingsError(f"{unknown_setting(next(iter(unknown)), CONFIG_KEYS)}.")
+        if problem := config_problem(given):
+            raise SettingsError(f"{problem}.")
         self.quant_method = QuantMethod(quant_method)
         self.activation_scheme = activation_scheme
         self.weight_block_size = list(weight_block_size) if weight_block_size is not None else None
@@ -319,15 +321,11 @@ def _plan_of(component: Component, folder: Path, config: Fp8Config) -> tuple[Com
     component = Component(
         component.name, component.library, component.class_name, original, component.stem, component.shards, None
     )
-    recipe = Recipe(
-        manifest=choose_manifest(None, pipeline, classes),
-        ignored_layers=tuple(config.ignored_layers),
-        block=None if config.weight_block_size is None else (config.weight_block_size[0], config.weight_block_size[1]),
-        activation_scheme=config.activation_scheme,
-    )
+    stated = ("ignored_layers", "weight_block_size", "activation_scheme")
+    settings = Settings.read({key: getattr(config, key) for key in stated})
     # No pipeline: the manifest is not to miss the other components.
     snapshot = Snapshot(str(folder), None, None, None, (component,), (), LocalFiles(folder))
-    plan = make_plan(snapshot, recipe)
+    plan = make_plan(snapshot, settings.resolve(snapshot, choose_manifest(None, pipeline, classes)))
     return plan.components[0], plan.input_scales
 
 

@@ -4,151 +4,184 @@ Nothing that was asked for is dropped: settings that mean nothing raise, and so 
 which is what it is, contradicts.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..converter.format import layout
-from ..converter.plan.manifest import choose_manifest, load_manifest
+from ..converter.plan.decide import check_patterns, expand_aliases
+from ..converter.plan.manifest import FusionGroup, choose_manifest, load_manifest, shipped
 from ..converter.plan.pattern import matches
 from ..converter.plan.plan import ComponentPlan, make_plan
-from ..converter.plan.recipe import Recipe
-from ..converter.plan.scales import read_input_scales
+from ..converter.plan.settings import Settings
 from ..converter.snapshot.source import Component, Snapshot
-from ..converter.telling.errors import LoadError
-from .checkpoint import fp8_modules, is_converted, record_of
-from .config import config_problem
+from ..converter.telling.errors import LoadError, SettingsError
+from .checkpoint import Fp8Modules, fp8_modules, is_converted, record_of
 
-Settings = Mapping[str, Mapping[str, Any] | None]
+Wanted = Mapping[str, Settings | None]  # by component, "" for all that are not named; None keeps one as it is
 Planned = Mapping[str, tuple[ComponentPlan, Mapping[str, float]]]
 
 _KEYS = ("method", "ignored_layers", "activation_scheme", "weight_block_size", "input_scales")
+_OF_DITS = ("ignored_layers", "activation_scheme", "weight_block_size", "input_scales")
 
 
-def settings_for(
-    snapshot: Snapshot,
-    quantization: str | None,
-    config: Mapping[str, Any] | None,
-    manifest: str | None,
-    compact: bool,
-    only: str | None = None,
-) -> Settings | None:
-    """Per component the settings of a conversion, under "" those for all; None for a converted snapshot.
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a conversion while loading; the fields are arguments of `load_pipeline`."""
 
-    only: the one component that is wanted. Raises ValueError for settings that mean nothing or contradict the
-    snapshot, LoadError where some are needed.
-    """
-    if quantization not in (None, "fp8"):
-        raise ValueError(f"quantization is {quantization!r}; the only one is 'fp8'.")
-    settings = _by_component(config, [c.name for c in snapshot.components])
-    if converted := [c for c in snapshot.components if is_converted(c)]:
-        if config is not None:
+    quantization: str | None
+    quantization_config: Any
+    manifest: str | None
+    compact: bool
+
+    def __post_init__(self) -> None:
+        if self.quantization is not None:
+            Settings.read({"quantization": self.quantization})
+        Settings.read(self._of_all())
+
+    def of(self, snapshot: Snapshot, only: str | None = None) -> Wanted | None:
+        """The settings of a conversion by component; None for a converted snapshot.
+
+        only: the one component that is wanted. Raises SettingsError for settings that mean nothing or contradict the
+        snapshot, LoadError where some are needed.
+        """
+        wanted = self._by_component([c.name for c in snapshot.components])
+        if any(is_converted(c) for c in snapshot.components):
+            self._check_agrees(snapshot, wanted)
+            return None
+        if self.quantization is None and self.quantization_config is None:
+            label = f"{snapshot.label}" if only is None else f"{only or snapshot.label}"
+            raise LoadError(
+                f'{label} is not converted: pass quantization="fp8" to convert it while it loads, or convert it first '
+                f"with `fp8-convert {snapshot.repo or snapshot.label} -o OUT`."
+            )
+        if not any(value is not None for value in wanted.values()):
+            raise SettingsError(
+                "quantization_config keeps every component as it is; name one, or load it with diffusers."
+            )
+        return {only: wanted.get(only, wanted.get(""))} if only else wanted
+
+    def _of_all(self) -> dict[str, Any]:
+        """What is asked of every component alike, where it is asked."""
+        stated = {"manifest": self.manifest, "compact": self.compact}
+        return {key: value for key, value in stated.items() if value not in (None, False)}
+
+    def _by_component(self, names: Sequence[str]) -> dict[str, Settings | None]:
+        config = {} if self.quantization_config is None else self.quantization_config
+        if not isinstance(config, Mapping):
+            raise SettingsError(
+                f"quantization_config is {config!r:.80}; give a dict such as {{'method': 'fp8'}}, or one such dict or "
+                "None for each component."
+            )
+        per_component = bool(config) and all(key in names and key for key in config)
+        wanted: dict[str, Settings | None] = {}
+        for name, stated in (config if per_component else {"": config}).items():
+            if stated is not None and not isinstance(stated, Mapping):
+                raise SettingsError(f"quantization_config has {stated!r:.80} for {name}; give a dict or None.")
+            wanted[name] = None if stated is None else self._read(stated)
+        return wanted
+
+    def _read(self, stated: Mapping[str, Any]) -> Settings:
+        checked = Settings.read(stated, _KEYS)
+        of_all = Settings.read(self._of_all())
+        return replace(checked, manifest=of_all.manifest, compact=of_all.compact, given=checked.given | of_all.given)
+
+    # A snapshot that is converted already is what it is.
+
+    def _check_agrees(self, snapshot: Snapshot, wanted: Mapping[str, Settings | None]) -> None:
+        converted = [c for c in snapshot.components if is_converted(c)]
+        if self.quantization_config is not None:
+            groups = _fusion_groups(snapshot)
             for component in converted:
-                _check_agreement(component, settings.get(component.name, settings.get("")))
+                alone = component.name in wanted
+                settings = wanted[component.name] if alone else wanted.get("")
+                _check_component(component, settings, alone, groups.get(component.name, ()))
             kept = {c.name for c in snapshot.components} - {c.name for c in converted}
-            if asked := sorted(name for name in kept if settings.get(name) is not None):
-                raise ValueError(
+            if asked := sorted(name for name in kept if wanted.get(name) is not None):
+                raise SettingsError(
                     f"{snapshot.label} is converted already but for {asked[0]}, and quantization_config asks for it in "
                     "FP8; convert the original anew."
                 )
-        _check_recipe(snapshot, manifest, compact)
-        return None
-    if quantization is None and config is None:
-        label = f"{snapshot.label}" if only is None else f"{only or snapshot.label}"
-        raise LoadError(
-            f'{label} is not converted: pass quantization="fp8" to convert it while it loads, or convert it first '
-            f"with `fp8-convert {snapshot.repo or snapshot.label} -o OUT`."
-        )
-    if not any(value is not None for value in settings.values()):
-        raise ValueError("quantization_config keeps every component as it is; name one, or load it with diffusers.")
-    if only:
-        settings = {only: settings.get(only, settings.get(""))}
-    return settings
+        self._check_recipe(snapshot)
+
+    def _check_recipe(self, snapshot: Snapshot) -> None:
+        """`manifest` and `compact`: as the snapshot was made, by its record, or refused."""
+        if self.manifest is None and not self.compact:
+            return
+        said = f"{snapshot.label} is converted already"
+        record = record_of(snapshot)
+        if record is None:
+            option = "compact" if self.compact else "manifest"
+            raise SettingsError(
+                f"{said}, and without a record nothing tells how; drop {option}, or convert the original."
+            )
+        if self.compact and not record["recipe"]["compact"]:
+            raise SettingsError(f"{said} without compact; drop it, or convert the original with compact=True.")
+        if self.manifest is not None and load_manifest(self.manifest).sha256 != record["recipe"]["manifest_sha256"]:
+            stated = record["recipe"]["manifest"]
+            raise SettingsError(
+                f"{said} with the manifest {stated}; drop manifest, or convert the original with this one."
+            )
 
 
-def plan_for(snapshot: Snapshot, settings: Settings | None, manifest: str | None, compact: bool) -> Planned:
+def plan_for(snapshot: Snapshot, wanted: Wanted | None) -> Planned:
     """The plans of the components that are to be converted while they load; empty for a converted snapshot."""
-    if settings is None:
-        return {}
-    classes = {c.name: c.class_name for c in snapshot.components}
-    rules = load_manifest(manifest) if manifest else choose_manifest(snapshot.repo, snapshot.pipeline, classes)
     planned: dict[str, tuple[ComponentPlan, Mapping[str, float]]] = {}
-    for name, wanted in settings.items():
-        if wanted is None:
+    for name, settings in (wanted or {}).items():
+        if settings is None:
             continue
-        block = wanted.get("weight_block_size")
-        scales = wanted.get("input_scales")
-        recipe = Recipe(
-            manifest=rules,
-            ignored_layers=tuple(wanted.get("ignored_layers") or ()),
-            components=(name,) if name else (),
-            compact=compact,
-            block=None if block is None else (block[0], block[1]),
-            activation_scheme=wanted.get("activation_scheme", "dynamic"),
-            input_scales=None if scales is None else read_input_scales(Path(scales)),
-        )
-        plan = make_plan(snapshot, recipe)
+        plan = make_plan(snapshot, replace(settings, components=(name,) if name else ()).resolve(snapshot))
         for part in plan.components:
             if part.rules is not None and (not name or part.source.name == name):
                 planned[part.source.name] = (part, plan.input_scales)
     return planned
 
 
-def _by_component(config: Any, names: list[str]) -> dict[str, Mapping[str, Any] | None]:
-    if config is None:
-        return {"": {}}
-    if not isinstance(config, Mapping):
-        raise ValueError(
-            f"quantization_config is {config!r:.80}; give a dict such as {{'method': 'fp8'}}, or one such dict or None "
-            "for each component."
+def _fusion_groups(snapshot: Snapshot) -> dict[str, tuple[FusionGroup, ...]]:
+    """The fusion groups of each component, by the manifest that the snapshot was, or would be, converted with."""
+    record = record_of(snapshot)
+    manifest = shipped().get(record["recipe"]["manifest"]) if record is not None else None
+    if manifest is None:
+        manifest = choose_manifest(
+            snapshot.repo, snapshot.pipeline, {c.name: c.class_name for c in snapshot.components}
         )
-    per_component = bool(config) and all(key in names and key for key in config)
-    settings = dict(config) if per_component else {"": config}
-    for name, value in settings.items():
-        if value is None:
-            continue
-        if not isinstance(value, Mapping):
-            raise ValueError(f"quantization_config has {value!r:.80} for {name}; give a dict or None.")
-        if problem := config_problem(value, _KEYS):
-            raise ValueError(f"quantization_config cannot be used: {problem}.")
-    return settings
+    rules = {c.name: manifest.rules_for(c.name, c.class_name) for c in snapshot.components}
+    return {name: found.fusion_groups for name, found in rules.items() if found is not None}
 
 
-def _check_agreement(component: Component, settings: Mapping[str, Any] | None) -> None:
-    """A converted component is what it is: settings that would have made another one are refused."""
+def _check_component(
+    component: Component, settings: Settings | None, alone: bool, groups: Sequence[FusionGroup]
+) -> None:
+    """Refuse settings that would have made another component. alone: they are for this component and no other."""
     found = fp8_modules(component)
     said = f"{component.label} is converted already"
     if settings is None:
-        raise ValueError(f"{said}, but quantization_config keeps it as it was; load the original snapshot.")
-    if settings.get("input_scales") is not None:
-        raise ValueError(f"{said} and brings its own input scales; drop input_scales, or convert the original anew.")
-    w8a8 = [name for name, how in found.modules.items() if how.mode == layout.W8A8]
-    if not w8a8:
+        raise SettingsError(f"{said}, but quantization_config keeps it as it was; load the original snapshot.")
+    if settings.input_scales is not None:
+        raise SettingsError(f"{said} and brings its own input scales; drop input_scales, or convert the original anew.")
+    if all(how.mode != layout.W8A8 for how in found.modules.values()):
+        if alone and (for_dits := [key for key in _OF_DITS if key in settings.given and getattr(settings, key)]):
+            raise SettingsError(f"{for_dits[0]} applies to the DiT, and {component.label} is none; drop it.")
         return
-    if (scheme := settings.get("activation_scheme", found.activation_scheme)) != found.activation_scheme:
-        raise ValueError(
-            f"{said} with {found.activation_scheme} activations, and quantization_config asks for {scheme}."
+    if "activation_scheme" in settings.given and settings.activation_scheme != found.activation_scheme:
+        raise SettingsError(
+            f"{said} with {found.activation_scheme} activations, and quantization_config asks for "
+            f"{settings.activation_scheme}."
         )
-    if "weight_block_size" in settings:
-        asked, have = settings["weight_block_size"], found.config.get("weight_block_size")
-        if (list(asked) if asked else None) != (list(have) if have else None):
-            raise ValueError(f"{said} with weight_block_size {have}, and quantization_config asks for {asked}.")
-    for pattern in settings.get("ignored_layers") or ():
-        if hit := next((name for name in w8a8 if matches(pattern, name)), None):
-            raise ValueError(f"{said}, {hit} in FP8, and quantization_config ignores {pattern!r}; convert it anew.")
+    have = found.config.get("weight_block_size")
+    asked = settings.weight_block_size
+    if "weight_block_size" in settings.given and asked != (tuple(have) if have else None):
+        stated = list(asked) if asked else None
+        raise SettingsError(f"{said} with weight_block_size {have}, and quantization_config asks for {stated}.")
+    _check_ignored(said, settings.ignored_layers, found, groups)
 
 
-def _check_recipe(snapshot: Snapshot, manifest: str | None, compact: bool) -> None:
-    """`manifest` and `compact` on a converted snapshot: as it was made, by its record, or refused."""
-    if manifest is None and not compact:
-        return
-    said = f"{snapshot.label} is converted already"
-    record = record_of(snapshot)
-    if record is None:
-        option = "compact" if compact else "manifest"
-        raise ValueError(f"{said}, and without a record nothing tells how; drop {option}, or convert the original.")
-    if compact and not record["recipe"]["compact"]:
-        raise ValueError(f"{said} without compact; drop it, or convert the original with compact=True.")
-    if manifest is not None and load_manifest(manifest).sha256 != record["recipe"]["manifest_sha256"]:
-        stated = record["recipe"]["manifest"]
-        raise ValueError(f"{said} with the manifest {stated}; drop manifest, or convert the original with this one.")
+def _check_ignored(said: str, patterns: Sequence[str], found: Fp8Modules, groups: Sequence[FusionGroup]) -> None:
+    """Refuse ignored layers that are FP8, and patterns that match no layer."""
+    for pattern in patterns:
+        for one in expand_aliases([pattern], groups):
+            if hit := next((name for name in found.modules if matches(one, name)), None):
+                raise SettingsError(
+                    f"{said}, {hit} in FP8, and quantization_config ignores {pattern!r}; convert it anew."
+                )
+    check_patterns(patterns, groups, [*found.modules, *(found.config.get("ignored_layers") or ())])

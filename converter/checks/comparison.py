@@ -22,7 +22,8 @@ from ..output.target import Done
 from ..plan.manifest import Manifest, load_manifest, shipped
 from ..plan.plan import make_plan
 from ..plan.recipe import Recipe, recipe_sha256
-from ..snapshot.access import SourceOptions
+from ..plan.settings import Settings
+from ..snapshot.access import HubAccess
 from ..snapshot.locate import fetch, local_folder, open_source
 from ..snapshot.source import Snapshot, content_sha256
 from ..stream.reading import open_for_reading, read_exactly
@@ -31,9 +32,12 @@ from ..telling.progress import Progress
 from .codes import compare_shard
 from .finding import Finding
 
+# The settings that a record's recipe states as they were given.
+_RECIPE_KEYS = ("ignored_layers", "components", "compact", "weight_block_size", "activation_scheme", "max_shard_size")
+
 
 def open_original(
-    root: Path, record: Mapping[str, Any], source: str | os.PathLike[str], options: SourceOptions
+    root: Path, record: Mapping[str, Any], source: str | os.PathLike[str], options: HubAccess
 ) -> Snapshot:
     """The source, with its files on this machine. Raises ConvertError if the snapshot cannot have come from it.
 
@@ -115,7 +119,7 @@ def compare(
     Headers, codes and scales are compared with the files; everything else by digest, and the record field by field.
     """
     try:
-        plan = make_plan(snapshot, _recipe(root, record, manifest))
+        plan = make_plan(snapshot, _recipe(root, record, snapshot, manifest))
     except ConvertError as error:
         yield Finding(".", f"cannot be compared with its source: {error}")
         return
@@ -187,20 +191,12 @@ def _differences(stated: Any, expected: Any, where: str) -> Iterator[str]:
         yield f"{where} is {stated!r:.80}, and the source gives {expected!r:.80}"
 
 
-def _recipe(root: Path, record: Mapping[str, Any], manifest: Manifest) -> Recipe:
+def _recipe(root: Path, record: Mapping[str, Any], snapshot: Snapshot, manifest: Manifest) -> Recipe:
     """The recipe that the record states."""
-    stated = record["recipe"]
-    block = stated["weight_block_size"]
-    return Recipe(
-        manifest=manifest,
-        ignored_layers=tuple(stated["ignored_layers"]),
-        components=tuple(stated["components"]),
-        compact=stated["compact"],
-        block=(block[0], block[1]) if block else None,
-        activation_scheme=stated["activation_scheme"],
-        max_shard_size=stated["max_shard_size"],
-        input_scales=_stored_input_scales(root, record) if stated["input_scales_sha256"] else None,
-    )
+    stated = {key: value for key, value in record["recipe"].items() if key in _RECIPE_KEYS}
+    if record["recipe"]["input_scales_sha256"]:
+        stated["input_scales"] = _stored_input_scales(root, record)
+    return Settings.read(stated).resolve(snapshot, manifest)
 
 
 def _stored_input_scales(root: Path, record: Mapping[str, Any]) -> dict[str, float]:

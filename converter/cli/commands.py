@@ -14,7 +14,7 @@ import click
 from click_default_group import DefaultGroup
 
 from ..plan.recipe import ACTIVATION_SCHEMES, tool_version
-from ..snapshot.access import SourceOptions
+from ..snapshot.access import HubAccess
 from ..telling.errors import ConvertError
 from ..telling.progress import Progress, for_terminal
 from .stopping import Stopping
@@ -61,7 +61,12 @@ class Names(click.ParamType):  # type: ignore[type-arg]
     name = "a,b"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        names = [name.strip() for name in value.split(",") if name.strip()]
+        if not names:
+            self.fail(f"{value!r} names nothing; drop the option, or name a layer.", param, ctx)
+        return names
 
 
 @click.group(cls=Group, default="convert", context_settings={"help_option_names": ["-h", "--help"]})
@@ -79,7 +84,7 @@ def _quiet_option(function: F) -> F:
 
 
 def _hub_options(function: F) -> F:
-    """The options of SourceOptions."""
+    """The options of HubAccess."""
     for option in (
         click.option("--variant", help="Take *.VARIANT.safetensors where a component has them, such as fp16."),
         click.option("--local-files-only", is_flag=True, help="Use the Hub cache and make no connection."),
@@ -164,7 +169,7 @@ def convert_command(
             for unused in ("device", "workers", "stream", "force", "check"):
                 del settings[unused]
             hub = ("revision", "token", "cache_dir", "local_files_only", "variant")
-            options = SourceOptions(**{name: settings.pop(name) for name in hub}, quiet=quiet)
+            options = HubAccess(**{name: settings.pop(name) for name in hub}, quiet=quiet)
             plan = plan_conversion(source, options=options, progress=progress, **settings)
             from .render import render_plan, terminal_width
 
@@ -197,7 +202,7 @@ def inspect_command(source: str, as_json: bool, **hub: Any) -> None:
         from .. import inspect
         from .render import render_inspection, terminal_width
 
-        inspection = inspect(source, options=SourceOptions(**hub))
+        inspection = inspect(source, options=HubAccess(**hub))
         if as_json:
             click.echo(json.dumps(inspection.to_json(), indent=2))
         else:
@@ -229,7 +234,7 @@ def verify_command(
         from .. import verify
         from .render import render_verification
 
-        options = SourceOptions(**hub, quiet=quiet)
+        options = HubAccess(**hub, quiet=quiet)
         found = verify(path, source=source, manifest=manifest, options=options, progress=progress)
         progress.close()
         click.echo(json.dumps(found.to_json(), indent=2) if as_json else render_verification(found))
@@ -299,7 +304,7 @@ def check_command(manifest: str, source: str, as_json: bool, **hub: Any) -> None
         from .. import check_manifest
         from .render import render_manifest_check, terminal_width
 
-        found = check_manifest(manifest, source, options=SourceOptions(**hub))
+        found = check_manifest(manifest, source, options=HubAccess(**hub))
         click.echo(json.dumps(found.to_json(), indent=2) if as_json else render_manifest_check(found, terminal_width()))
         if not found.ok:
             sys.exit(1)

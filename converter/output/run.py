@@ -22,7 +22,7 @@ from ..format.layout import RECORD_FILE, encode_json
 from ..plan.plan import Plan, ShardPlan, make_plan
 from ..plan.schedule import scale_domain
 from ..plan.sharding import OutputFile
-from ..snapshot.access import SourceOptions
+from ..snapshot.access import HubAccess
 from ..snapshot.hub import HubFiles
 from ..snapshot.locate import fetch
 from ..snapshot.source import file_stat
@@ -35,6 +35,7 @@ from ..telling.progress import Progress
 from .record import make_record
 from .space import check_space
 from .target import Done, Earlier, Target, open_target
+from .work import Work
 from .writing import FileWriter, file_sha256, write_pieces, write_small
 
 _MOST_WORKERS = 8  # by then reading and hashing are the limit
@@ -43,30 +44,26 @@ _MOST_WORKERS = 8  # by then reading and hashing are the limit
 def run(
     plan: Plan,
     output: Path,
-    *,
-    device: str,
-    workers: int | None,
-    stream: bool,
-    force: bool,
-    options: SourceOptions,
+    work: Work,
+    access: HubAccess,
     progress: Progress,
 ) -> tuple[Plan, str, int]:
     """Convert what was planned into `output`; arguments are those of `convert`.
 
     Returns the plan over local files, the snapshot's digest, and how many shards an earlier run had finished.
     """
-    engine = Engine(_device(device), workers=workers or min(_MOST_WORKERS, os.cpu_count() or 2))
+    engine = Engine(_device(work.device), workers=work.workers or min(_MOST_WORKERS, os.cpu_count() or 2))
     for note in plan.notes:
         progress.say(f"note: {note}")
     if engine.device.type == "cpu" and not compiled.available():
         progress.say("note: fp8-convert's compiled code is missing; reinstall with a C compiler to convert faster")
-    with open_target(output, plan.paths, force=force) as target:
-        streamed = stream and isinstance(plan.snapshot.files, HubFiles)
+    with open_target(output, plan.paths, force=work.force) as target:
+        streamed = work.stream and isinstance(plan.snapshot.files, HubFiles)
         if not streamed:
             target.drop_sources()
-        check_space(plan, target, options, streamed=streamed)
+        check_space(plan, target, access, streamed=streamed)
         if not streamed:
-            plan = _downloaded(plan, options)
+            plan = _downloaded(plan, access)
         key = conversion_key(plan)
         kept = _kept_shards(plan, target, target.earlier(key))
         if target.begin(
@@ -92,9 +89,9 @@ def conversion_key(plan: Plan) -> str:
     return hashlib.sha256(json.dumps([parts, shards]).encode()).hexdigest()
 
 
-def _downloaded(plan: Plan, options: SourceOptions) -> Plan:
+def _downloaded(plan: Plan, access: HubAccess) -> Plan:
     """The same plan over local files: a Hub source is downloaded at the commit that was planned."""
-    snapshot = fetch(plan.snapshot, options)
+    snapshot = fetch(plan.snapshot, access)
     return plan if snapshot is plan.snapshot else make_plan(snapshot, plan.recipe)
 
 
@@ -295,8 +292,6 @@ def _bytes_of(shards: Sequence[ShardPlan], domains: Sequence[str]) -> int:
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in ("cpu", "cuda"):
-        raise ConvertError(f"The device {name!r} is unknown; use auto, cpu or cuda.")
     if name == "cuda" and not torch.cuda.is_available():
         raise ConvertError("No CUDA device was found; use --device cpu, which gives the same bytes.")
     return torch.device(name)

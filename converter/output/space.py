@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from ..plan.plan import Plan
-from ..snapshot.access import HubOptions
+from ..snapshot.access import HubAccess
 from ..snapshot.source import needed_files
 from ..telling.errors import ConvertError
 from .target import Target
@@ -14,7 +14,7 @@ from .target import Target
 _SPARE_BYTES = 16 * 1024 * 1024
 
 
-def check_space(plan: Plan, target: Target, options: HubOptions, *, streamed: bool) -> None:
+def check_space(plan: Plan, target: Target, options: HubAccess, *, streamed: bool) -> None:
     """Raise ConvertError where the output, or the download that it needs, does not fit.
 
     streamed: source shards lie beside the output, two at a time; else a Hub source is downloaded into the Hub cache.

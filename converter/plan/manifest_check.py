@@ -6,7 +6,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..snapshot.access import SourceOptions
+from ..snapshot.access import HubAccess
 from ..snapshot.locate import open_source
 from ..snapshot.modules import module_map
 from .manifest import load_manifest
@@ -37,16 +37,14 @@ class ManifestCheck:
         return {"ok": self.ok, **asdict(self)}
 
 
-def check_manifest(
-    manifest: str, source: str | os.PathLike[str], *, options: SourceOptions | None = None
-) -> ManifestCheck:
+def check_manifest(manifest: str, source: str | os.PathLike[str], *, options: HubAccess | None = None) -> ManifestCheck:
     """Hold a manifest (a shipped one's name, or a path) against a snapshot, from headers alone.
 
     source: a folder (a pipeline, or one component) or a Hub repo id. Raises ConvertError for a manifest or a source
     that cannot be read; what matches nothing is in the answer.
     """
     rules = load_manifest(manifest)
-    snapshot = open_source(source, options or SourceOptions())
+    snapshot = open_source(source, options or HubAccess())
     found = match_tables(rules, snapshot)
     unchecked: dict[str, str] = {}
     for table in rules.components:

@@ -11,8 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 from ..format.layout import Block
-from ..format.untrusted import check_text
-from ..telling.errors import ConvertError
+from ..telling.errors import SettingsError
 from ..telling.notebook import Brief
 from .manifest import Manifest
 
@@ -32,7 +31,7 @@ class Recipe(Brief):
     ignored_layers: patterns beside the manifest's. components: restricts the conversion to these folders; () is
     all that the manifest converts. block: block size for the DiT's weights, None for the manifest's choice.
     input_scales: per module the activation scale of the static scheme. max_shard_size: the most bytes of an output
-    file, as far as whole tensors allow; None cuts none.
+    file, as far as whole tensors allow; None cuts none. `Settings.resolve` makes one of what a user states.
     """
 
     manifest: Manifest
@@ -43,25 +42,6 @@ class Recipe(Brief):
     activation_scheme: str = "dynamic"
     input_scales: Mapping[str, float] | None = None
     max_shard_size: int | None = None
-
-    def __post_init__(self) -> None:
-        for pattern in self.ignored_layers:
-            check_text(pattern, "The ignored layer")
-        for component in self.components:
-            check_text(component, "The component")
-        if self.activation_scheme not in ACTIVATION_SCHEMES:
-            raise ConvertError(f"The activation scheme {self.activation_scheme!r} is unknown; use dynamic or static.")
-        static = self.activation_scheme == "static"
-        if static and self.block is not None:
-            raise ConvertError("Block scales come with dynamic activations alone; drop one of the two options.")
-        if static and not self.input_scales:
-            raise ConvertError(
-                "The static activation scheme needs calibrated scales; pass them with --input-scales FILE."
-            )
-        if self.input_scales and not static:
-            raise ConvertError("Input scales are for --activation-scheme static; add it or drop --input-scales.")
-        if self.block is not None and not all(size > 0 for size in self.block):
-            raise ConvertError(f"The block size {list(self.block)} must be two positive numbers, such as 128 128.")
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as the record states it."""
@@ -88,17 +68,28 @@ def recipe_sha256(version: str, recipe: Mapping[str, Any]) -> str:
     return _digest({"tool": version, **recipe})
 
 
+def check_scales(activation_scheme: str, block: Block | None, has_input_scales: bool) -> None:
+    """Raise SettingsError where activation scheme, block scales and input scales contradict one another."""
+    static = activation_scheme == "static"
+    if static and block is not None:
+        raise SettingsError("Block scales come with dynamic activations alone; drop one of the two options.")
+    if static and not has_input_scales:
+        raise SettingsError("The static activation scheme needs calibrated scales; pass them with --input-scales FILE.")
+    if has_input_scales and not static:
+        raise SettingsError("Input scales are for --activation-scheme static; add it or drop --input-scales.")
+
+
 def parse_size(size: int | str | None) -> int | None:
     """Bytes from a size as diffusers writes it: a number, or "5GB", "500MB", "200KB" (decimal units); None is no size.
 
-    Raises ConvertError for anything else, and for sizes below one byte.
+    Raises ValueError for anything else, and for sizes below one byte.
     """
     if size is None:
         return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", str(size), re.IGNORECASE | re.ASCII)
     found = 0 if match is None else int(float(match[1]) * _UNITS[match[2].upper()])
     if found < 1 or isinstance(size, bool):
-        raise ConvertError(f"The shard size {size!r:.40} is unknown; give one such as 5GB or 500MB.")
+        raise ValueError
     return found
 
 

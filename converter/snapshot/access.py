@@ -11,37 +11,26 @@ from ..telling.errors import ConvertError
 
 
 @dataclass(frozen=True)
-class HubOptions:
-    """How to reach the Hub, as in huggingface_hub. Raises ConvertError for text that could not be sent.
+class HubAccess:
+    """How to reach a source on the Hub, as in huggingface_hub. Raises ConvertError for text that could not be sent.
 
-    quiet: shows no progress bars; without it they are shown where stderr is a terminal.
+    variant: takes `*.VARIANT.safetensors` where a component has them, of a folder too. quiet: shows no progress bars;
+    without it they are shown where stderr is a terminal.
     """
 
     revision: str | None = None
     token: str | bool | None = field(default=None, repr=False)
     cache_dir: str | Path | None = None
     local_files_only: bool = False
+    variant: str | None = None
     quiet: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.revision is not None:
-            check_text(self.revision, "The revision")
-        if self.cache_dir is not None:
-            check_text(self.cache_dir, "The cache folder")
+        for value, what in ((self.revision, "revision"), (self.cache_dir, "cache folder"), (self.variant, "variant")):
+            if value is not None:
+                check_text(value, f"The {what}")
         if isinstance(self.token, str):
             object.__setattr__(self, "token", clean_token(self.token, "The Hub token"))
-
-
-@dataclass(frozen=True)
-class SourceOptions(HubOptions):
-    """How to find a source. `variant` takes `*.VARIANT.safetensors` where a component has them."""
-
-    variant: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.variant is not None:
-            check_text(self.variant, "The variant")
 
 
 def clean_token(token: str, what: str) -> str:

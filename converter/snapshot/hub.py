@@ -33,7 +33,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_ba
 from ..format.header import PREFIX_BYTES, Header, header_length, parse_header
 from ..format.untrusted import check_size, read_whole
 from ..telling.errors import ConvertError, ResumableError
-from .access import HubOptions, clean_token
+from .access import HubAccess, clean_token
 from .source import LocalFiles, file_pieces
 
 _FIRST_BYTES = 64 * 1024  # most headers fit; a longer one costs a second request
@@ -53,7 +53,7 @@ class HubFiles:
 
     remote = True
 
-    def __init__(self, repo: str, options: HubOptions) -> None:
+    def __init__(self, repo: str, options: HubAccess) -> None:
         self.repo, self.options = repo, options
         self._api = HfApi(token=options.token)
         with translated(repo, options):
@@ -168,7 +168,7 @@ def abort_downloads() -> None:
         abort_xet_session()  # type: ignore[no-untyped-call]
 
 
-def cache_folder(options: HubOptions) -> Path:
+def cache_folder(options: HubAccess) -> Path:
     """Where downloads are kept."""
     return Path(options.cache_dir or constants.HF_HUB_CACHE)
 
@@ -193,7 +193,7 @@ def download(files: HubFiles, paths: list[str]) -> CachedFiles:
     return CachedFiles(repo, folder, files.entries)
 
 
-def cached(repo: str, options: HubOptions) -> CachedFiles:
+def cached(repo: str, options: HubAccess) -> CachedFiles:
     """A repository's commit that is in the cache already, or a part of it; no connection is made."""
     with translated(repo, options):
         try:
@@ -209,13 +209,13 @@ def cached(repo: str, options: HubOptions) -> CachedFiles:
     return CachedFiles(repo, Path(folder), entries)
 
 
-def is_offline(options: HubOptions) -> bool:
+def is_offline(options: HubAccess) -> bool:
     """Whether `local_files_only` or HF_HUB_OFFLINE forbids connections."""
     return options.local_files_only or bool(constants.HF_HUB_OFFLINE)
 
 
 @contextlib.contextmanager
-def translated(repo: str, options: HubOptions) -> Iterator[None]:
+def translated(repo: str, options: HubAccess) -> Iterator[None]:
     """Turn the Hub client's exceptions into sentences for the user, which hold no token whatever the client said."""
     revision = f" at revision {options.revision}" if options.revision else ""
     try:
@@ -255,7 +255,7 @@ def translated(repo: str, options: HubOptions) -> Iterator[None]:
         raise _unreachable(repo, options, error) from None  # a bad proxy or HF_ENDPOINT, no identity in a CI job, …
 
 
-def redacted(text: str, options: HubOptions) -> str:
+def redacted(text: str, options: HubAccess) -> str:
     """The text without anything that is secret: the token, and whatever looks like one or signs an address."""
     token: str | bool | None = options.token
     if token in (None, True):
@@ -268,7 +268,7 @@ def redacted(text: str, options: HubOptions) -> str:
     return text
 
 
-def _check_stored_token(options: HubOptions) -> None:
+def _check_stored_token(options: HubAccess) -> None:
     """Raise ConvertError if the machine's own token, where it would be sent, is none that can be."""
     if options.token is False or isinstance(options.token, str):
         return
@@ -282,14 +282,14 @@ def _check_stored_token(options: HubOptions) -> None:
         clean_token(token, _STORED_TOKEN)
 
 
-def _unreachable(repo: str, options: HubOptions, error: Exception) -> ResumableError:
+def _unreachable(repo: str, options: HubAccess, error: Exception) -> ResumableError:
     return ResumableError(
         f"The Hub cannot be reached for {repo} ({_reason(error, options)}); check the connection, or use "
         "--local-files-only."
     )
 
 
-def _reason(error: Exception, options: HubOptions) -> str:
+def _reason(error: Exception, options: HubAccess) -> str:
     return redacted(" ".join(str(error).split()), options)[:160]
 
 
@@ -306,7 +306,7 @@ class _NoBar(tqdm):
         super().__init__(*arguments, **{**settings, "disable": True})  # type: ignore[no-untyped-call]
 
 
-def _bar(options: HubOptions) -> type[tqdm]:
+def _bar(options: HubAccess) -> type[tqdm]:
     """The client's progress bar: on a terminal alone."""
     shown = not options.quiet and sys.stderr is not None and sys.stderr.isatty()
     return tqdm if shown else _NoBar

@@ -11,16 +11,16 @@ from pathlib import Path, PurePosixPath
 
 from ..format.untrusted import check_text
 from ..telling.errors import ConvertError
-from .access import SourceOptions
+from .access import HubAccess
 from .source import Files, LocalFiles, Snapshot, describe, needed_files
 
 
-def open_source(source: str | os.PathLike[str], options: SourceOptions) -> Snapshot:
+def open_source(source: str | os.PathLike[str], options: HubAccess) -> Snapshot:
     """Describe a snapshot to convert, from its headers: not converted yet, and all of it there. Raises ConvertError."""
     return describe_source(open_files(source, options), options)
 
 
-def open_files(source: str | os.PathLike[str], options: SourceOptions) -> Files:
+def open_files(source: str | os.PathLike[str], options: HubAccess) -> Files:
     """The files of a folder, or those of a Hub id at the commit that it has now; none is read. Raises ConvertError."""
     path = local_folder(source)
     if path is not None:
@@ -31,12 +31,12 @@ def open_files(source: str | os.PathLike[str], options: SourceOptions) -> Files:
     return cached(repo, options) if is_offline(options) else HubFiles(repo, options)
 
 
-def describe_source(files: Files, options: SourceOptions) -> Snapshot:
+def describe_source(files: Files, options: HubAccess) -> Snapshot:
     """Describe files to convert, as `open_source` does."""
     return _complete(describe(files, variant=options.variant), options)
 
 
-def find_snapshot(source: str | os.PathLike[str], options: SourceOptions, *, allow_converted: bool = False) -> Snapshot:
+def find_snapshot(source: str | os.PathLike[str], options: HubAccess, *, allow_converted: bool = False) -> Snapshot:
     """Describe what a folder or a Hub id names. A Hub repository is not downloaded, only asked. Raises ConvertError."""
     files = open_files(source, options)
     return describe(files, variant=options.variant, allow_converted=allow_converted)
@@ -58,7 +58,7 @@ def local_folder(source: str | os.PathLike[str]) -> Path | None:
     return None
 
 
-def fetch(snapshot: Snapshot, options: SourceOptions) -> Snapshot:
+def fetch(snapshot: Snapshot, options: HubAccess) -> Snapshot:
     """The snapshot with all its files on this machine, downloaded at its commit if they are not."""
     if not snapshot.files.remote:
         return snapshot
@@ -68,7 +68,7 @@ def fetch(snapshot: Snapshot, options: SourceOptions) -> Snapshot:
     return describe_source(download(snapshot.files, needed_files(snapshot)), options)
 
 
-def _complete(snapshot: Snapshot, options: SourceOptions) -> Snapshot:
+def _complete(snapshot: Snapshot, options: HubAccess) -> Snapshot:
     """The snapshot, if what the cache should hold is there, and the variant asked for where one is."""
     for path in needed_files(snapshot):
         snapshot.files.local(path)  # what is missing is said now, not when it is copied
@@ -76,7 +76,7 @@ def _complete(snapshot: Snapshot, options: SourceOptions) -> Snapshot:
     return snapshot
 
 
-def check_variant(snapshot: Snapshot, options: SourceOptions) -> None:
+def check_variant(snapshot: Snapshot, options: HubAccess) -> None:
     """Raise ConvertError where a variant is asked for that no component has."""
     chosen = [PurePosixPath(s.path).name for c in snapshot.components for s in c.shards]
     if options.variant and not any(f".{options.variant}" in name for name in chosen):

@@ -12,6 +12,10 @@ class ConvertError(Fp8Error):
     """
 
 
+class SettingsError(ConvertError, ValueError):
+    """A setting that means nothing, or that contradicts another one or the snapshot it is for."""
+
+
 class ResumableError(ConvertError):
     """A conversion that stopped midway for a cause outside it (a full disk, a read error).
 

@@ -308,7 +308,9 @@ def test_folders_that_are_no_text(tmp_path: Path, output: Path) -> None:
 
 def test_block_size_below_one(output: Path) -> None:
     options = ["--weight-block-size", "0", "128"]
-    refused(saved("z_image"), "-o", output, *options, names="[0, 128]", next_step="such as 128 128")
+    refused(
+        saved("z_image"), "-o", output, *options, names="weight_block_size is (0, 128)", next_step="such as [128, 128]"
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

@@ -24,7 +24,7 @@ from fp8_convert.converter import ConvertError, ResumableError, convert, inspect
 from fp8_convert.converter.cli.commands import main
 from fp8_convert.converter.cli.render import render_inspection
 from fp8_convert.converter.inspection import Inspection
-from fp8_convert.converter.snapshot.access import SourceOptions
+from fp8_convert.converter.snapshot.access import HubAccess
 
 DIT = "transformer/diffusion_pytorch_model.safetensors"
 CONFIG = "transformer/config.json"
@@ -85,14 +85,14 @@ def test_a_repository_is_not_downloaded(hub: HubServer, converted: Path) -> None
 def test_options_of_the_hub(hub: HubServer, tmp_path: Path) -> None:
     hub.add_repo("org/x", saved("z_image"))
     with pytest.raises(ConvertError, match="has no revision 'v9'; check --revision"):
-        inspect("org/x", options=SourceOptions(revision="v9"))
+        inspect("org/x", options=HubAccess(revision="v9"))
     with pytest.raises(ConvertError, match="No component of org/x has weights of the variant 'fp17'"):
-        inspect("org/x", options=SourceOptions(variant="fp17"))
+        inspect("org/x", options=HubAccess(variant="fp17"))
     with pytest.raises(ConvertError, match="is not in the cache"):
-        inspect("org/x", options=SourceOptions(local_files_only=True, cache_dir=tmp_path / "cache"))
+        inspect("org/x", options=HubAccess(local_files_only=True, cache_dir=tmp_path / "cache"))
     convert("org/x", tmp_path / "out", cache_dir=tmp_path / "cache")
     hub.clear_log()
-    found = inspect("org/x", options=SourceOptions(local_files_only=True, cache_dir=tmp_path / "cache"))
+    found = inspect("org/x", options=HubAccess(local_files_only=True, cache_dir=tmp_path / "cache"))
     assert found.components == inspect(saved("z_image")).components
     assert not hub.log
 

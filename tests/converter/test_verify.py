@@ -22,7 +22,7 @@ from fp8_convert.converter.cli.render import render_inspection, render_verificat
 from fp8_convert.converter.format.layout import encode_json
 from fp8_convert.converter.output.record import read_record, seal
 from fp8_convert.converter.plan.schedule import SLOT_BYTES
-from fp8_convert.converter.snapshot.access import SourceOptions
+from fp8_convert.converter.snapshot.access import HubAccess
 
 RECORD = "fp8_convert.json"
 DIT = "transformer/diffusion_pytorch_model.safetensors"
@@ -478,7 +478,7 @@ def test_a_record_that_claims_a_repository(spoilt: Path, tmp_path: Path, monkeyp
     with running_hub(monkeypatch, tmp_path / "home") as hub:
         hub.add_repo("org/model", saved("z_image"))
         convert("org/model", tmp_path / "out", cache_dir=tmp_path / "cache")
-        options = SourceOptions(cache_dir=tmp_path / "cache")
+        options = HubAccess(cache_dir=tmp_path / "cache")
         found = verify(tmp_path / "out", source="org/model", options=options)
         commit = json.loads((tmp_path / "out" / RECORD).read_text())["source"]["commit"]
         assert found.ok
@@ -491,7 +491,7 @@ def test_a_record_that_claims_a_repository(spoilt: Path, tmp_path: Path, monkeyp
         (newer / "README.md").write_text("newer")
         hub.add_repo("org/model", newer)
         assert verify(tmp_path / "out", source="org/model", options=options).ok  # at the commit that the record names
-        at_main = SourceOptions(cache_dir=tmp_path / "cache", revision="main")
+        at_main = HubAccess(cache_dir=tmp_path / "cache", revision="main")
         problems = [f.problem for f in verify(tmp_path / "out", source="org/model", options=at_main).findings]
         assert any(p.startswith(f"'commit' of 'source' of the record is '{commit}', and the source") for p in problems)
         reseal(tmp_path / "out", put("0" * 40, "source", "commit"))
@@ -514,7 +514,7 @@ def test_record_with_another_recipe(spoilt: Path) -> None:
     reseal(spoilt, put("quiet", "recipe", "activation_scheme"))
     ((path, problem),) = findings(spoilt, source=saved("z_image"))
     assert path == "."
-    assert problem.startswith("cannot be compared with its source: The activation scheme 'quiet' is unknown")
+    assert problem.startswith("cannot be compared with its source: activation_scheme is 'quiet'")
 
 
 @pytest.mark.parametrize(

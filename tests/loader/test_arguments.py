@@ -210,7 +210,10 @@ SNAPSHOT_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
         {"quantization_config": {"transformer": {}, "text_encoder": {}, "vae": {}}},
         "is converted already but for vae, and quantization_config asks for it in FP8",
     ),
-    "scales": ({"quantization_config": {"input_scales": "x.safetensors"}}, "brings its own input scales"),
+    "scales": (
+        {"quantization_config": {"activation_scheme": "static", "input_scales": "x.safetensors"}},
+        "brings its own input scales",
+    ),
 }
 
 

@@ -21,6 +21,7 @@ from fp8_convert.converter import ConvertError, ResumableError, convert, verify
 from fp8_convert.converter.format.layout import STAGING
 from fp8_convert.converter.output import run
 from fp8_convert.converter.plan.recipe import parse_size
+from fp8_convert.converter.plan.settings import Settings
 from fp8_convert.converter.telling.progress import Silent
 
 DIT = "transformer/diffusion_pytorch_model.safetensors"
@@ -398,8 +399,8 @@ def test_sizes_are_read_as_diffusers_writes_them(size: int | str | None, count: 
 
 @pytest.mark.parametrize("size", ["", "0", "-5GB", "5 apples", "5GiB", "1e9", 0, -1, "0.1", "5GBB"])
 def test_sizes_that_are_none(size: int | str) -> None:
-    with pytest.raises(ConvertError, match=r"The shard size .* is unknown; give one such as 5GB"):
-        parse_size(size)
+    with pytest.raises(ConvertError, match=r"^max_shard_size is .*; use a size such as 5GB"):
+        Settings.read({"max_shard_size": size})
 
 
 # Stopping

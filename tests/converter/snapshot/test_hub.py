@@ -29,7 +29,7 @@ from fp8_convert.converter import ConvertError, ResumableError, convert, plan_co
 from fp8_convert.converter.cli.commands import main
 from fp8_convert.converter.demo import build_tiny_pipeline
 from fp8_convert.converter.output import space
-from fp8_convert.converter.snapshot.access import SourceOptions
+from fp8_convert.converter.snapshot.access import HubAccess
 from fp8_convert.converter.snapshot.hub import HubFiles, translated
 from fp8_convert.converter.snapshot.locate import describe_source, open_files
 from fp8_convert.converter.snapshot.source import file_stat
@@ -137,7 +137,7 @@ def test_variant(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
 
 def test_token_reaches_the_hub_and_not_the_cdn(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
     hub.add_repo(REPO, tiny, private_token="hf_secret")
-    plan_conversion(REPO, options=SourceOptions(token="hf_secret"))
+    plan_conversion(REPO, options=HubAccess(token="hf_secret"))
     assert {r.authorization for r in hub.log if r.route != "cdn"} == {"Bearer hf_secret"}
     assert {r.authorization for r in hub.log if r.route == "cdn"} == {None}
 
@@ -196,8 +196,8 @@ def test_token_file_that_is_no_text(hub: HubServer, tiny: Path, tmp_path: Path) 
     with pytest.raises(ConvertError, match=r"The Hub token of this machine .* is no text; log in") as caught:
         plan_conversion(REPO)
     assert "s3cret" not in "".join(traceback.format_exception(caught.value))
-    plan_conversion(REPO, options=SourceOptions(token=False))
-    plan_conversion(REPO, options=SourceOptions(token="hf_other"))
+    plan_conversion(REPO, options=HubAccess(token=False))
+    plan_conversion(REPO, options=HubAccess(token="hf_other"))
 
 
 def test_token_that_is_empty(hub: HubServer, tiny: Path) -> None:
@@ -210,11 +210,11 @@ def test_token_that_is_empty(hub: HubServer, tiny: Path) -> None:
 def test_token_true_and_false(hub: HubServer, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add_repo(REPO, tiny)
     with pytest.raises(ConvertError, match="token=True asks for the Hub token of this machine, and it has none"):
-        plan_conversion(REPO, options=SourceOptions(token=True))
+        plan_conversion(REPO, options=HubAccess(token=True))
     monkeypatch.setenv("HF_TOKEN", SECRET)
     for token, sent in ((True, f"Bearer {SECRET}"), (None, f"Bearer {SECRET}"), (False, None)):
         hub.clear_log()
-        plan_conversion(REPO, options=SourceOptions(token=token))
+        plan_conversion(REPO, options=HubAccess(token=token))
         assert {r.authorization for r in hub.log if r.route != "cdn"} == {sent}
 
 
@@ -234,11 +234,11 @@ def test_what_the_client_says_is_passed_on_without_secrets(text: str, monkeypatc
     secrets = ("my-own-token", "stored-token", "abc", "pass-word", "ABCdef012", "def")
     monkeypatch.setenv("HF_TOKEN", "stored-token")
     own = None if text.startswith("stored") else "my-own-token"
-    with pytest.raises(ResumableError, match="cannot be reached") as caught, translated(REPO, SourceOptions(token=own)):
+    with pytest.raises(ResumableError, match="cannot be reached") as caught, translated(REPO, HubAccess(token=own)):
         raise OSError(text)
     shown = "".join(traceback.format_exception(caught.value)).split("ResumableError: ")[-1]
     assert not any(secret in shown for secret in secrets), shown
-    assert "my-own-token" not in repr(SourceOptions(token="my-own-token"))
+    assert "my-own-token" not in repr(HubAccess(token="my-own-token"))
 
 
 def test_something_else_answers_for_the_hub(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,15 +289,15 @@ def test_a_config_beyond_its_limit_is_not_downloaded(hub: HubServer, tiny: Path,
 def test_files_are_opened_before_they_are_described(hub: HubServer, tiny: Path) -> None:
     """So that source and commit can be shown first; the repository is listed once."""
     hub.add_repo(REPO, tiny)
-    files = open_files(REPO, SourceOptions())
+    files = open_files(REPO, HubAccess())
     assert (files.repo, files.commit) == (REPO, hub.commit(REPO))
     assert {r.route for r in hub.log} == {"api"}
     listed = len(hub.log)
-    snapshot = describe_source(files, SourceOptions())
+    snapshot = describe_source(files, HubAccess())
     assert (snapshot.repo, snapshot.commit) == (REPO, hub.commit(REPO))
     assert len([r for r in hub.log if r.route == "api"]) == listed
     with pytest.raises(ConvertError, match="does not exist"):
-        open_files("./nowhere", SourceOptions())
+        open_files("./nowhere", HubAccess())
 
 
 def test_a_component_s_folder_in_the_hub_cache_is_a_source(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
@@ -317,9 +317,9 @@ def test_a_component_s_folder_in_the_hub_cache_is_a_source(hub: HubServer, tiny:
 
 _FETCH = """
 import sys
-from fp8_convert.converter.snapshot.access import SourceOptions
+from fp8_convert.converter.snapshot.access import HubAccess
 from fp8_convert.converter.snapshot.locate import fetch, open_source
-options = SourceOptions(cache_dir=sys.argv[2], quiet="quiet" in sys.argv)
+options = HubAccess(cache_dir=sys.argv[2], quiet="quiet" in sys.argv)
 fetch(open_source(sys.argv[1], options), options)
 """
 

@@ -57,10 +57,10 @@ import sys, types
 package = types.ModuleType("fp8_convert.converter")
 package.__path__ = [sys.argv[1]]
 sys.modules["fp8_convert.converter"] = package  # without what its __init__ imports
-from fp8_convert.converter.snapshot.access import SourceOptions
+from fp8_convert.converter.snapshot.access import HubAccess
 from fp8_convert.converter.snapshot.locate import open_files, open_source
 from fp8_convert.converter.snapshot import source
-snapshot = open_source(sys.argv[2], SourceOptions())
+snapshot = open_source(sys.argv[2], HubAccess())
 assert len(snapshot.components) == 3
 heavy = ("torch", "diffusers", "transformers", "huggingface_hub", "safetensors", "numpy")
 print([name for name in heavy if name in sys.modules])

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from fp8_convert.converter import convert, inspect, plan_conversion, verify
 from fp8_convert.converter.checks.finding import Finding
-from fp8_convert.converter.snapshot.access import SourceOptions
+from fp8_convert.converter.snapshot.access import HubAccess
 from fp8_convert.converter.telling.notebook import html_table
 from fp8_convert.converter.verification import Verification
 from fp8_convert.loader.report import ComponentReport, Report
@@ -115,7 +115,7 @@ def test_raw_bytes_and_secrets_are_not_shown() -> None:
     shard = plan.shards[0]
     assert f"raw=<{len(shard.source.header.raw)} bytes>" in repr(shard.source.header)
     assert f"header=<{len(shard.files[0].header)} bytes>" in repr(shard.files[0])
-    assert "hf_secret" not in repr(SourceOptions(token="hf_secret"))
+    assert "hf_secret" not in repr(HubAccess(token="hf_secret"))
 
 
 def test_a_report_is_one_line_until_it_is_printed() -> None:
