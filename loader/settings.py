@@ -147,8 +147,8 @@ def _check_recipe(snapshot: Snapshot, manifest: str | None, compact: bool) -> No
     if record is None:
         option = "compact" if compact else "manifest"
         raise ValueError(f"{said}, and without a record nothing tells how; drop {option}, or convert the original.")
-    if compact and not record["recipe"]["compact"]:
+    if compact and not record.recipe.compact:
         raise ValueError(f"{said} without compact; drop it, or convert the original with compact=True.")
-    if manifest is not None and load_manifest(manifest).sha256 != record["recipe"]["manifest_sha256"]:
-        stated = record["recipe"]["manifest"]
+    if manifest is not None and load_manifest(manifest).sha256 != record.recipe.manifest_sha256:
+        stated = record.recipe.manifest
         raise ValueError(f"{said} with the manifest {stated}; drop manifest, or convert the original with this one.")
