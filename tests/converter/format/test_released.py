@@ -80,9 +80,7 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     text = (folder / "fp8_convert.json").read_text()
     newer = RECORD_FORMAT + 1
     (folder / "fp8_convert.json").write_text(text.replace(f'"format": {RECORD_FORMAT}', f'"format": {newer}', 1))
-    message = (
-        rf"fp8_convert\.json has the format {newer}, and this version reads 1 to {RECORD_FORMAT}; upgrade"
-    )
+    message = rf"fp8_convert\.json has the format {newer}, and this version reads 1 to {RECORD_FORMAT}; upgrade"
     with pytest.raises(ConvertError, match=message):
         load_component(folder, "transformer", device="cpu")
     assert [f.problem for f in verify(folder).findings] == [
