@@ -56,10 +56,16 @@ def open_original(root: Path, record: Record, source: str | os.PathLike[str], op
         if not (by_record and stated_commit is not None):
             raise
         raise ConvertError(f"{root} says that it was made from the commit {stated_commit!r:.80}: {error}") from error
+    _check_components(root, record, snapshot)
+    return fetch(snapshot, options)
+
+
+def _check_components(root: Path, record: Record, snapshot: Snapshot) -> None:
+    """Raise ConvertError unless the source has the components that the record names."""
     stated = record.classes
     given = {c.name: c.class_name for c in snapshot.components}
     if stated == given:
-        return fetch(snapshot, options)
+        return
     if "" in stated and "" not in given:
         alike = " or ".join(n for n, class_name in given.items() if class_name == stated[""])
         raise ConvertError(

@@ -93,69 +93,69 @@ def read_fp8(component: Component) -> Fp8Component:
     """Read a component's headers and config; no weights are touched. What is wrong is among the problems."""
     config = component.config.get(layout.CONFIG_KEY)
     config = config if isinstance(config, dict) else {}
-    problems, shards = [], []
-    stated: dict[str, WeightFormat] = {}
-    named_in: dict[str, str] = {}
+    problems, named = [], {}
     for shard in component.shards:
         try:
-            modules = layout.decode_modules(shard.header.metadata)
+            named[shard.path] = layout.decode_modules(shard.header.metadata)
         except ValueError as error:
             problems.append(Problem(Fault.METADATA, shard.path, found=f"{error!s:.200}"))
-            continue
-        shards.append(shard)
-        stated |= modules
-        named_in |= dict.fromkeys(modules, shard.path)
+    shards = [shard for shard in component.shards if shard.path in named]
     tensors = {t.name: t for shard in shards for t in shard.header.tensors}
+    stated = {module: how for modules in named.values() for module, how in modules.items()}
     guessed = {
         module: _guess(component, module, tensors, config)
         for name, tensor in tensors.items()
-        if tensor.dtype == CODES
-        and name.endswith(layout.WEIGHT)
-        and (module := name.removesuffix(layout.WEIGHT)) not in stated
+        if tensor.dtype == CODES and name.endswith(layout.WEIGHT)
+        if (module := name.removesuffix(layout.WEIGHT)) not in stated
     }
-    found = Fp8Component(stated, guessed, config, ())
-    lies_in = {t.name: shard.path for shard in shards for t in shard.header.tensors}
     for shard in shards:
-        problems += _problems_of(shard, found, named_in, tensors, lies_in)
+        problems += _problems_of_named(shard, named[shard.path], tensors)
+        problems += _problems_of_held(shard, stated, guessed, tensors)
+    formats = {**stated, **guessed}
     if config.get("activation_scheme") == "static":
-        for module, how in found.formats.items():
+        for module, how in formats.items():
             if how.mode == layout.W8A8 and module + layout.INPUT_SCALE not in tensors:
                 problems.append(Problem(Fault.NO_INPUT_SCALE, component.path(CONFIG), module))
     return Fp8Component(stated, guessed, config, tuple(problems))
 
 
-def _problems_of(
-    shard: Shard,
-    found: Fp8Component,
-    named_in: Mapping[str, str],
-    tensors: Mapping[str, TensorInfo],
-    lies_in: Mapping[str, str],
+def _problems_of_named(
+    shard: Shard, modules: Mapping[str, WeightFormat], tensors: Mapping[str, TensorInfo]
 ) -> Iterator[Problem]:
-    """What is wrong with the modules that a shard names, then with the tensors that it holds."""
-    for module, how in found.stated.items():
-        if named_in[module] != shard.path:
-            continue
+    """What is wrong with the modules that a shard's metadata name; `tensors` are the component's."""
+    held = {tensor.name for tensor in shard.header.tensors}
+    for module, how in modules.items():
         if (problem := _weight_problem(shard.path, module, how, tensors)) is not None:
             yield problem
-        else:
-            for name in (module + layout.WEIGHT, how.scale_key(module)):
-                if lies_in[name] != shard.path:
-                    yield Problem(Fault.ELSEWHERE, shard.path, module, name)
+            continue
+        for name in (module + layout.WEIGHT, how.scale_key(module)):
+            if name not in held:
+                yield Problem(Fault.ELSEWHERE, shard.path, module, name)
+
+
+def _problems_of_held(
+    shard: Shard,
+    stated: Mapping[str, WeightFormat],
+    guessed: Mapping[str, WeightFormat],
+    tensors: Mapping[str, TensorInfo],
+) -> Iterator[Problem]:
+    """What is wrong with the tensors that a shard holds, and that its metadata do not tell."""
     for tensor in shard.header.tensors:
         module = tensor.name.removesuffix(layout.WEIGHT)
-        if module in found.guessed and tensor.name.endswith(layout.WEIGHT):
+        if tensor.name.endswith(layout.WEIGHT) and module in guessed:
             yield Problem(Fault.UNNAMED, shard.path, module, tensor.name)
-            if (problem := _weight_problem(shard.path, module, found.guessed[module], tensors)) is not None:
+            if (problem := _weight_problem(shard.path, module, guessed[module], tensors)) is not None:
                 yield problem
-        elif tensor.dtype == CODES and module not in found.stated:
+        elif tensor.dtype == CODES and module not in stated:
             yield Problem(Fault.NOT_WEIGHT, shard.path, module, tensor.name)
-        if tensor.name.endswith(SCALE_SUFFIXES):
-            module = tensor.name.rpartition(".")[0]
-            if module not in found.stated and module not in found.guessed:
-                yield Problem(Fault.ORPHAN, shard.path, module, tensor.name)
-            elif tensor.name.endswith(layout.INPUT_SCALE) and (tensor.dtype, tensor.shape) != ("F32", ()):
-                fault = Fault.SCALAR if _is_f32_of_one(tensor) else Fault.INPUT_SCALE
-                yield Problem(fault, shard.path, module, tensor.name, _about(tensor), "F32 []")
+        if not tensor.name.endswith(SCALE_SUFFIXES):
+            continue
+        module = tensor.name.rpartition(".")[0]
+        if module not in stated and module not in guessed:
+            yield Problem(Fault.ORPHAN, shard.path, module, tensor.name)
+        elif tensor.name.endswith(layout.INPUT_SCALE) and (tensor.dtype, tensor.shape) != ("F32", ()):
+            fault = Fault.SCALAR if _is_f32_of_one(tensor) else Fault.INPUT_SCALE
+            yield Problem(fault, shard.path, module, tensor.name, _about(tensor), "F32 []")
 
 
 def _weight_problem(file: str, module: str, how: WeightFormat, tensors: Mapping[str, TensorInfo]) -> Problem | None:
