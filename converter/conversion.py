@@ -221,20 +221,20 @@ def _finished_already(plan: Plan, output: Path, check: bool, progress: Progress)
     Raises ConvertError for a finished snapshot that is another one, or damaged.
     """
     from .finished import check_finished
-    from .output.record import check_record, read_record
+    from .output.record import check_record, load_record
     from .output.run import conversion_key
     from .output.target import journalled_key
 
     if journalled_key(output) == conversion_key(plan):
         return None  # this conversion was interrupted when all but the record's name was done: finish it
     try:
-        record = read_record(output)
+        record = load_record(output)
         if record is None or check_record(output) is not None:
             return None
     except ConvertError:  # no record that can be used
         return None
     check_finished(record, plan, output, check=check, progress=progress)
-    return str(record["record_sha256"])
+    return record.record_sha256
 
 
 def _headline(files: Files, manifest: str | None) -> str | None:

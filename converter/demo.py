@@ -13,7 +13,7 @@ from .cli.render import render_inspection, render_result, render_verification
 from .conversion import convert
 from .format.layout import RECORD_FILE
 from .inspection import inspect
-from .output.record import read_record
+from .output.record import load_record
 from .snapshot.modules import quiet_libraries
 from .telling.errors import ConvertError
 from .telling.progress import bars_of_libraries
@@ -62,11 +62,11 @@ def run_demo(output: Path, say: Callable[[str], None]) -> None:
 
 def _is_a_demos(folder: Path) -> bool:
     try:
-        record = read_record(folder)
+        record = load_record(folder)
     except ConvertError:
         return False
     digest = hashlib.sha256(_README.encode()).hexdigest()
-    return record is not None and record["files"].get("README.md", {}).get("sha256") == digest
+    return record is not None and "README.md" in record.files and record.files["README.md"].sha256 == digest
 
 
 def build_tiny_pipeline(folder: Path, seed: int = 0) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
+from .format import layout
+from .format.reader import as_json
+from .format.record import Record
 from .output.writing import file_sha256
 from .plan.plan import Plan
 from .plan.recipe import tool_version
@@ -18,7 +20,7 @@ from .telling.progress import Progress
 from .verification import verify
 
 
-def check_finished(record: Mapping[str, Any], plan: Plan, folder: Path, *, check: bool, progress: Progress) -> None:
+def check_finished(record: Record, plan: Plan, folder: Path, *, check: bool, progress: Progress) -> None:
     """Raise ConvertError unless the snapshot in `folder`, whose record is given, is what `plan` would write.
 
     A Hub source is the same at the same commit; a local one is read and its digests are compared. Of the output, files
@@ -29,7 +31,7 @@ def check_finished(record: Mapping[str, Any], plan: Plan, folder: Path, *, check
             f"{folder} holds a finished FP8 snapshot made otherwise ({'; '.join(differences[:3])}); pass --force to "
             "replace it, or choose another folder."
         )
-    damage = [path for path, entry in record["files"].items() if _size(folder / path) != entry["size"]]
+    damage = [path for path, entry in record.files.items() if _size(folder / path) != entry.size]
     if not damage and check:
         damage = [finding.path for finding in verify(folder, progress=progress).findings]
     if damage:
@@ -39,22 +41,25 @@ def check_finished(record: Mapping[str, Any], plan: Plan, folder: Path, *, check
         )
 
 
-def _recipe_differences(record: Mapping[str, Any], plan: Plan) -> Iterator[str]:
-    if record["tool_version"] != tool_version():
-        yield f"by version {record['tool_version']!s:.20}, and this is {tool_version()}"
+def _recipe_differences(record: Record, plan: Plan) -> Iterator[str]:
+    if record.tool_version != tool_version():
+        yield f"by version {record.tool_version:.20}, and this is {tool_version()}"
+    if record.format != layout.RECORD_FORMAT:
+        yield f"its record has the format {record.format}, and this version writes {layout.RECORD_FORMAT}"
+    recorded = as_json(record.recipe)
     for key, value in plan.recipe.to_json().items():
-        if (stated := record["recipe"].get(key)) != value:
+        if (stated := recorded.get(key)) != value:
             yield f"{key} was {stated!r:.80} and is now {value!r:.80}"
 
 
-def _source_differences(record: Mapping[str, Any], plan: Plan, progress: Progress) -> Iterator[str]:
-    snapshot, source = plan.snapshot, record["source"]
+def _source_differences(record: Record, plan: Plan, progress: Progress) -> Iterator[str]:
+    snapshot, source = plan.snapshot, record.source
     for key, value in (("repo", snapshot.repo), ("commit", snapshot.commit), ("pipeline", snapshot.pipeline)):
-        if source[key] != value:
-            yield f"its source's {key} was {source[key]!s:.80} and is now {value!s:.80}"
+        if (was := getattr(source, key)) != value:
+            yield f"its source's {key} was {was!s:.80} and is now {value!s:.80}"
             return
     shards = {shard.source.path: shard.source for shard in plan.shards}
-    stated = {entry["source"]: entry for entry in record["shards"].values()}
+    stated = {entry.source: entry for entry in record.shards.values()}
     for path in sorted(stated.keys() ^ shards.keys()):
         yield f"its source {'had' if path in stated else 'had no'} {path}"
     if snapshot.commit is not None:
@@ -64,12 +69,12 @@ def _source_differences(record: Mapping[str, Any], plan: Plan, progress: Progres
         both = sorted(stated.keys() & shards.keys())
         for path, sha256 in zip(both, threads.map(lambda path: _sha256(shards[path]), both), strict=True):
             progress.advance(shards[path].size)
-            if sha256 != stated[path]["source_sha256"]:
+            if sha256 != stated[path].source_sha256:
                 yield f"its source's {path} has changed"
     progress.close()
     for path in plan.sidecars:
-        entry = record["files"].get(path)
-        if entry is None or content_sha256(snapshot.files, path) != entry["sha256"]:
+        entry = record.files.get(path)
+        if entry is None or content_sha256(snapshot.files, path) != entry.sha256:
             yield f"its source's {path} has changed"
 
 

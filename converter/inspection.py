@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -17,13 +16,14 @@ from typing import Any
 
 from .format import layout
 from .format.header import TensorInfo, read_header
-from .output.record import check_record, read_record
+from .format.record import Record, RecordedComponent, read_record, record_problem
 from .output.unfinished import Unfinished, find_unfinished, is_published
 from .plan.recipe import ACTIVATION_SCHEMES
 from .snapshot.access import HubAccess
+from .snapshot.fp8 import Fault, Fp8Component, read_fp8
 from .snapshot.locate import check_variant, find_snapshot
 from .snapshot.modules import module_map
-from .snapshot.source import CONFIG, Component, Files, LocalFiles, Shard
+from .snapshot.source import CONFIG, Component, Files, Shard
 from .telling.errors import ConvertError
 from .telling.notebook import Brief, html_table, one_line
 from .telling.quantities import byte_count, plural
@@ -36,6 +36,21 @@ _COMFYUI = (_OTHERS_SCALE, ".scale_input", ".comfy_quant", "scaled_fp8")
 _SCALES = (*_WEIGHT_SCALES, layout.INPUT_SCALE, *_COMFYUI)
 
 _Found = dict[tuple[str, str], list[str]]  # (one is wrong, several are wrong) -> which
+_NO_SCALE = "FP8 weight has no scale", "FP8 weights have no scale"
+_NO_FIT = "scale does not fit its weight", "scales do not fit their weights"
+_NOT_NAMED = "FP8 weight is not in the metadata", "FP8 weights are not in the metadata"
+_NO_WEIGHT = "FP8 layer by the metadata, whose weight is not", "FP8 layers by the metadata, whose weights are not"
+# What is wrong with weights that metadata name, in words for all that share it, and how each of them is shown.
+_OURS = {
+    Fault.NO_SCALE: (_NO_SCALE, "{problem.name}"),
+    Fault.SCALE: (_NO_FIT, "{problem.name} ({problem.found})"),
+    Fault.SCALAR: (_NO_FIT, "{problem.name} ({problem.found})"),
+    Fault.NOT_ROWS: (_NO_FIT, "{problem.name} ({problem.found})"),
+    Fault.UNNAMED: (_NOT_NAMED, "{problem.name}"),
+    Fault.NOT_WEIGHT: (_NOT_NAMED, "{problem.name}"),
+    Fault.ABSENT: (_NO_WEIGHT, "{problem.module}"),
+    Fault.NOT_CODES: (_NO_WEIGHT, "{problem.module}"),
+}
 
 
 @dataclass(frozen=True, repr=False)
@@ -133,13 +148,12 @@ def inspect(path: str | os.PathLike[str], *, options: HubAccess | None = None) -
     snapshot = find_snapshot(path, options, allow_converted=True)
     check_variant(snapshot, options)
     record, damaged = _record(snapshot.files)
-    recorded = record.get("components", {})
-    source = record.get("source", {})
+    recorded = record.components if record is not None else {}
     return Inspection(
         snapshot.label,
         "fp8-convert, with a damaged record: run verify" if damaged else _tool(record, snapshot.components),
-        source.get("repo") and f"{source['repo']} @ {source.get('commit')}",
-        tuple(_view(c, recorded.get(c.name, {})) for c in snapshot.components),
+        f"{record.source.repo} @ {record.source.commit}" if record is not None and record.source.repo else None,
+        tuple(_view(c, recorded.get(c.name)) for c in snapshot.components),
         snapshot.commit,
         unfinished,
     )
@@ -152,34 +166,27 @@ def _inspect_file(path: Path) -> Inspection:
     header = read_header(path, str(path))
     shard = Shard(path.name, header.file_size, header, path)
     component = Component("", "", None, {}, path.stem, (shard,), None)
-    view = _view(component, {}, alone=True)
-    return Inspection(str(path), _tool({}, [component]), None, (view,))
+    view = _view(component, None, alone=True)
+    return Inspection(str(path), _tool(None, [component]), None, (view,))
 
 
-def _record(files: Files) -> tuple[dict[str, Any], bool]:
+def _record(files: Files) -> tuple[Record | None, bool]:
     """The record and whether there is a damaged one, which is not used: its reasons cannot be believed."""
-    if isinstance(files, LocalFiles):
-        return _read_record(files.root)
     if layout.RECORD_FILE not in files.sizes():
-        return {}, False
-    with tempfile.TemporaryDirectory() as folder:  # records are read from folders
-        Path(folder, layout.RECORD_FILE).write_bytes(files.read(layout.RECORD_FILE, layout.MAX_RECORD_BYTES))
-        return _read_record(Path(folder))
-
-
-def _read_record(root: Path) -> tuple[dict[str, Any], bool]:
+        return None, False
     try:
-        record = read_record(root)
-        damaged = record is not None and check_record(root) is not None
+        raw = files.read(layout.RECORD_FILE, layout.MAX_RECORD_BYTES)
+        if record_problem(raw, layout.RECORD_FILE) is None:
+            return read_record(raw, layout.RECORD_FILE), False
     except ConvertError:
-        record, damaged = None, True
-    return ({} if damaged else record or {}), damaged
+        pass
+    return None, True
 
 
-def _tool(record: Mapping[str, Any], components: Iterable[Component]) -> str | None:
+def _tool(record: Record | None, components: Iterable[Component]) -> str | None:
     """Who made it FP8, None if nobody did."""
-    if "tool_version" in record:
-        return f"fp8-convert {record['tool_version']}"
+    if record is not None:
+        return f"fp8-convert {record.tool_version}"
     if any(layout.METADATA_KEY in s.header.metadata for c in components for s in c.shards):
         return f"fp8-convert; {layout.RECORD_FILE} is not here"  # a part of a snapshot
     tensors = [t for c in components for t in c.tensors]
@@ -188,10 +195,10 @@ def _tool(record: Mapping[str, Any], components: Iterable[Component]) -> str | N
     return "another tool" if any(t.dtype in _FP8 for t in tensors) else None
 
 
-def _view(component: Component, record: Mapping[str, Any], *, alone: bool = False) -> ComponentView:
+def _view(component: Component, record: RecordedComponent | None, *, alone: bool = False) -> ComponentView:
     """A component, or a file that stands `alone`, without a config."""
     kinds = module_map(component).kinds
-    modules = _stated_modules(component)
+    fp8 = _read(component)
     tensors = {t.name: t for t in component.tensors}
     scales = {t.name: _scale_of(t, tensors) for t in tensors.values() if _is_fp8(t)}
     are_scales = {scale.name for scale in scales.values() if scale is not None}
@@ -203,7 +210,7 @@ def _view(component: Component, record: Mapping[str, Any], *, alone: bool = Fals
         kind = kinds.get(module) if tensor.name.endswith(layout.WEIGHT) else None
         what, mode, scheme = "kept", None, None
         if tensor.name in scales:
-            what, how = "fp8", modules.get(module)
+            what, how = "fp8", fp8.stated.get(module)
             mode, scheme = (how.mode, how.scheme) if how else (None, _scheme(tensor, scales[tensor.name]))
         elif tensor.name in are_scales or tensor.name.endswith(_SCALES):
             what = "scale"
@@ -212,7 +219,7 @@ def _view(component: Component, record: Mapping[str, Any], *, alone: bool = Fals
         for i, value in enumerate((1, tensor.numel, tensor.nbytes)):
             total[i] += value
     groups = sorted((Group(*k, *v) for k, v in sums.items()), key=lambda g: (g.what, -g.bytes))
-    problems += _sentences(_faults(tensors, scales, modules))
+    problems += _sentences(_faults(tensors, scales, fp8))
     if not alone:
         problems += _contradictions(component, config, bool(scales))
     method = config.get("quant_method")
@@ -220,17 +227,13 @@ def _view(component: Component, record: Mapping[str, Any], *, alone: bool = Fals
     return ComponentView(component.name, component.class_name, method, tuple(groups), tuple(problems))
 
 
-def _stated_modules(component: Component) -> dict[str, layout.WeightFormat]:
-    """The FP8 modules that the shards' metadata name. Raises ConvertError."""
-    modules: dict[str, layout.WeightFormat] = {}
-    for shard in component.shards:
-        try:
-            modules |= layout.decode_modules(shard.header.metadata)
-        except ValueError as error:
-            raise ConvertError(
-                f"{shard.path} has unreadable fp8_convert metadata ({error!s:.200}); convert it again."
-            ) from error
-    return modules
+def _read(component: Component) -> Fp8Component:
+    """What the component's files say of its FP8 weights. Raises ConvertError for metadata that cannot be read."""
+    fp8 = read_fp8(component)
+    for problem in fp8.problems:
+        if problem.fault is Fault.METADATA:
+            raise ConvertError(f"{problem.file} {problem}; convert it again.")
+    return fp8
 
 
 def _is_fp8(tensor: TensorInfo) -> bool:
@@ -257,23 +260,21 @@ def _scheme(weight: TensorInfo, scale: TensorInfo | None) -> str | None:
 def _faults(
     tensors: Mapping[str, TensorInfo],
     scales: Mapping[str, TensorInfo | None],
-    modules: Mapping[str, layout.WeightFormat],
+    fp8: Fp8Component,
 ) -> _Found:
     """FP8 weights that readers could not use, and what has lost its weight."""
     found: _Found = defaultdict(list)
-    for name, scale in scales.items():
-        stated = modules.get(name.removesuffix(layout.WEIGHT))
-        if scale is None:
-            found["FP8 weight has no scale", "FP8 weights have no scale"].append(name)
-        elif not _fits(tensors[name], scale, stated):
-            about = f"{scale.name} ({scale.dtype} {list(scale.shape)})"
-            found["scale does not fit its weight", "scales do not fit their weights"].append(about)
-        if modules and stated is None:
-            found["FP8 weight is not in the metadata", "FP8 weights are not in the metadata"].append(name)
-    for module in modules:
-        if module + layout.WEIGHT not in scales:
-            one, several = (f"by the metadata, whose {w} not" for w in ("weight is", "weights are"))
-            found[f"FP8 layer {one}", f"FP8 layers {several}"].append(module)
+    if fp8.stated:
+        for problem in fp8.problems:
+            if problem.fault in _OURS:
+                words, example = _OURS[problem.fault]
+                found[words].append(example.format(problem=problem))
+    else:
+        for name, scale in scales.items():
+            if scale is None:
+                found[_NO_SCALE].append(name)
+            elif not _fits(tensors[name], scale):
+                found[_NO_FIT].append(f"{scale.name} ({scale.dtype} {list(scale.shape)})")
     for name in tensors:
         suffix = next((s for s in _WEIGHT_SCALES if name.endswith(s)), None)
         if suffix is not None and _is_orphan(name.removesuffix(suffix), tensors):
@@ -281,14 +282,8 @@ def _faults(
     return found
 
 
-def _fits(weight: TensorInfo, scale: TensorInfo, stated: layout.WeightFormat | None) -> bool:
-    """Whether a scale's dtype and shape are those that its scheme states, or that any tool's could be."""
-    if stated is not None:
-        if stated.block is not None and len(weight.shape) != 2:
-            return False
-        name = stated.scale_key(weight.name.removesuffix(layout.WEIGHT))
-        expected = stated.scale_shape(weight.shape)
-        return (scale.name, scale.dtype, scale.shape) == (name, "F32", expected)
+def _fits(weight: TensorInfo, scale: TensorInfo) -> bool:
+    """Whether a scale's dtype and shape are such as some tool writes."""
     if scale.dtype not in _SCALE_DTYPES:
         return False
     blocks = len(scale.shape) == len(weight.shape) and all(
@@ -350,16 +345,16 @@ def _contradictions(component: Component, config: Mapping[str, Any], fp8: bool) 
         yield f"{component.path(CONFIG)} has the quant_method {method}, and no weight is FP8"
 
 
-def _why(what: str, kind: str | None, dtype: str, record: Mapping[str, Any], ignored: bool) -> str:
+def _why(what: str, kind: str | None, dtype: str, record: RecordedComponent | None, ignored: bool) -> str:
     """The rules that kept tensors of this kind and dtype, as the record counts them, else what the config tells."""
     if what != "kept":
         return ""
     counts: dict[str, int] = defaultdict(int)
-    for d in record.get("decisions", []):
-        if (d["rule"], d["kind"]) == ("component", None):  # kept as a whole, whatever is in it
-            return str(d["why"])
-        if d["mode"] is None and d["kind"] == kind and dtype in d["dtypes"]:
-            counts[d["rule"]] += d["dtypes"][dtype]
+    for d in record.decisions if record is not None else ():
+        if (d.rule, d.kind) == ("component", None):  # kept as a whole, whatever is in it
+            return d.why
+        if d.mode is None and d.kind == kind and dtype in d.dtypes:
+            counts[d.rule] += d.dtypes[dtype]
     if counts:
         return "; ".join(f"{rule} ({count})" for rule, count in counts.items())
     return "ignored_layers" if ignored else ""

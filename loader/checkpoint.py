@@ -14,17 +14,41 @@ from typing import Any
 import torch
 
 from ..converter.format import layout
-from ..converter.format.header import TensorInfo
 from ..converter.format.layout import STAGING, WeightFormat
-from ..converter.output.record import read_record
+from ..converter.format.record import Record
+from ..converter.output.record import load_record
 from ..converter.snapshot.access import HubAccess
+from ..converter.snapshot.fp8 import Fault, read_fp8
 from ..converter.snapshot.hub import HubFiles, download
 from ..converter.snapshot.locate import find_snapshot
 from ..converter.snapshot.source import CONFIG, Component, LocalFiles, Snapshot, describe, needed_files
 from ..converter.telling.errors import LoadError
 from .config import METHODS, config_problem
 
-_SCALAR_SHAPES: list[tuple[int, ...]] = [(), (1,)]  # [1] is how some other tools write a scalar
+_ABSENT = "{problem.module} of {label} should be FP8 by the shards' metadata, but is not; convert the snapshot again."
+# What keeps a component from being loaded, for its user; what other tools write otherwise is read all the same.
+_WORDS = {
+    Fault.METADATA: "{problem.file} has damaged FP8 metadata ({problem.found}); convert the snapshot again.",
+    Fault.ABSENT: _ABSENT,
+    Fault.NOT_CODES: _ABSENT,
+    Fault.NOT_WEIGHT: "{problem.name} of {label} holds FP8 codes but is no weight; convert it again.",
+    Fault.NOT_ROWS: "{label}: {problem}; convert the snapshot again.",
+    Fault.NO_SCALE: (
+        "{problem.name} of {label} holds FP8 codes, but {problem.due} is missing; without its scale the weight is "
+        "wrong: convert the snapshot again."
+    ),
+    Fault.SCALE: (
+        "{problem.name} of {label} is {problem.found}, which is no scale for {problem.module}.weight; convert the "
+        "snapshot again."
+    ),
+    Fault.INPUT_SCALE: (
+        "{problem.name} of {label} is {problem.found}, which is no activation scale; convert the snapshot again."
+    ),
+    Fault.NO_INPUT_SCALE: (
+        "{label} has the static activation scheme, but {problem.module}.input_scale is missing; convert it with "
+        "--activation-scheme dynamic, or with calibrated --input-scales."
+    ),
+}
 
 
 def one_line(error: BaseException) -> str:
@@ -68,7 +92,7 @@ def fetched(snapshot: Snapshot, options: HubAccess, *, recorded: bool = False) -
     if isinstance(files, HubFiles):
         wanted = {*needed_files(snapshot), *({layout.RECORD_FILE} & set(files.sizes()))}
         if recorded and (record := record_of(snapshot)) is not None:
-            wanted |= set(record["files"]) & set(files.sizes())
+            wanted |= set(record.files) & set(files.sizes())
         local = download(files, sorted(wanted))
         snapshot = describe(local, variant=options.variant, allow_converted=True)
         files = local
@@ -76,7 +100,7 @@ def fetched(snapshot: Snapshot, options: HubAccess, *, recorded: bool = False) -
     return snapshot, files.root
 
 
-def record_of(snapshot: Snapshot) -> dict[str, Any] | None:
+def record_of(snapshot: Snapshot) -> Record | None:
     """The snapshot's record, None where there is none; of a Hub repository nothing else is downloaded."""
     files = snapshot.files
     if isinstance(files, HubFiles):
@@ -84,7 +108,7 @@ def record_of(snapshot: Snapshot) -> dict[str, Any] | None:
             return None
         files = download(files, [layout.RECORD_FILE])
     assert isinstance(files, LocalFiles)
-    return read_record(files.root)
+    return load_record(files.root)
 
 
 def check_digests(root: Path) -> None:
@@ -119,51 +143,23 @@ def fp8_modules(component: Component) -> Fp8Modules:
     quantization_config that means nothing.
     """
     config = _config_of(component)
-    tensors = {t.name: t for t in component.tensors}
-    stated: dict[str, WeightFormat] = {}
-    for shard in component.shards:
-        try:
-            stated |= layout.decode_modules(shard.header.metadata)
-        except ValueError as error:
-            raise LoadError(f"{shard.path} has damaged FP8 metadata ({error}); convert the snapshot again.") from error
-    found: dict[str, WeightFormat] = {}
-    for tensor in tensors.values():
-        if tensor.dtype != "F8_E4M3":
-            continue
-        module = tensor.name.removesuffix(layout.WEIGHT)
-        if not tensor.name.endswith(layout.WEIGHT):
-            raise LoadError(f"{tensor.name} of {component.label} holds FP8 codes but is no weight; convert it again.")
-        found[module] = stated.get(module) or _guess(component, module, tensors, config)
-        key = found[module].scale_key(module)
-        scale = tensors.get(key)
-        if scale is None:
-            raise LoadError(
-                f"{tensor.name} of {component.label} holds FP8 codes, but {key} is "
-                "missing; without its scale the weight is wrong: convert the snapshot again."
-            )
-        if scale.dtype != "F32" or scale.shape not in _scale_shapes(tensor.shape, found[module]):
-            raise LoadError(
-                f"{scale.name} of {component.label} is {scale.dtype} {list(scale.shape)}, which is no scale for "
-                f"{tensor.name} {list(tensor.shape)}; convert the snapshot again."
-            )
-    if absent := sorted(set(stated) - set(found)):
-        raise LoadError(
-            f"{absent[0]} of {component.label} should be FP8 by the shards' metadata, but its weight is not; "
-            "convert the snapshot again."
-        )
-    if config.get("activation_scheme") == "static":
-        _check_input_scales(component, found, tensors)
-    return Fp8Modules(found, config)
+    fp8 = read_fp8(component)
+    static = config.get("activation_scheme") == "static"
+    for problem in fp8.problems:
+        if problem.fault in _WORDS and (static or problem.fault is not Fault.INPUT_SCALE):
+            words = _WORDS[problem.fault].format(problem=problem, label=component.label)
+            raise LoadError(words)
+    return Fp8Modules(fp8.formats, config)
 
 
 def check_record(root: Path, component: Component, found: Fp8Modules) -> str | None:
     """What the record or the config claims of the component and its shards do not hold; None if all is
     well.
     """
-    record = read_record(root)
-    entry = record["components"].get(component.name) if record is not None else None
+    record = load_record(root)
+    entry = record.components.get(component.name) if record is not None else None
     if entry is not None:
-        for mode, count in entry["fp8_modules"].items():
+        for mode, count in entry.fp8_modules.items():
             here = sum(1 for how in found.modules.values() if how.mode == mode)
             if here != count:
                 return f"the record counts {count} {mode} modules, the shards hold {here}"
@@ -197,39 +193,3 @@ def _config_of(component: Component) -> dict[str, Any]:
             "snapshot again."
         )
     return dict(config)
-
-
-def _scale_shapes(shape: tuple[int, ...], how: WeightFormat) -> list[tuple[int, ...]]:
-    if how.block is None:
-        return _SCALAR_SHAPES
-    return [how.scale_shape(shape)] if len(shape) == 2 else []
-
-
-def _guess(component: Component, module: str, tensors: Mapping[str, Any], config: Mapping[str, Any]) -> WeightFormat:
-    """Mode and scheme of an FP8 weight that no shard's metadata names: another tool's, or rewritten since."""
-    mode = layout.W8A8 if "transformer" in f"{component.name} {component.class_name}".lower() else layout.STORAGE
-    if len(tensors[module + layout.WEIGHT].shape) != 2:
-        mode = layout.STORAGE
-    if module + layout.WEIGHT_SCALE_INV in tensors:
-        size = config.get("weight_block_size") or (128, 128)
-        return WeightFormat(mode, (int(size[0]), int(size[1])))
-    return WeightFormat(mode)
-
-
-def _check_input_scales(
-    component: Component, found: Mapping[str, WeightFormat], tensors: Mapping[str, TensorInfo]
-) -> None:
-    for module, how in found.items():
-        if how.mode != layout.W8A8:
-            continue
-        scale = tensors.get(module + layout.INPUT_SCALE)
-        if scale is None:
-            raise LoadError(
-                f"{component.label} has the static activation scheme, but {module}{layout.INPUT_SCALE} is missing; "
-                "convert it with --activation-scheme dynamic, or with calibrated --input-scales."
-            )
-        if scale.dtype != "F32" or scale.shape not in _SCALAR_SHAPES:
-            raise LoadError(
-                f"{scale.name} of {component.label} is {scale.dtype} {list(scale.shape)}, which is no activation "
-                "scale; convert the snapshot again."
-            )

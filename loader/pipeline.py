@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..converter.format import layout
-from ..converter.output.record import read_record
+from ..converter.output.record import load_record
 from ..converter.output.work import Work
 from ..converter.plan.settings import Settings
 from ..converter.snapshot.access import HubAccess
@@ -194,14 +194,14 @@ def _fetch(snapshot: Snapshot, wanted: Wanted | None, access: HubAccess, verify:
 def _log(what: str, snapshot: Snapshot, root: Path, device: torch.device) -> None:
     """Says what was loaded, by digests where there are some: what a server's log needs to tell two runs apart."""
     commit = f" at commit {snapshot.commit}" if snapshot.commit else ""
-    record = read_record(root)
+    record = load_record(root)
     made = ""
     if record is not None:
-        source = record["source"]
-        original = f"{source['repo']} at commit {source['commit']}" if source["repo"] else "a local folder"
+        source = record.source
+        original = f"{source.repo} at commit {source.commit}" if source.repo else "a local folder"
         made = (
-            f"; snapshot {record.get('record_sha256')}, converted from {original} by fp8-convert "
-            f"{record['tool_version']} with the recipe {record.get('recipe_sha256')}"
+            f"; snapshot {record.record_sha256}, converted from {original} by fp8-convert "
+            f"{record.tool_version} with the recipe {record.recipe_sha256}"
         )
     logger.info("loaded %s from %s%s onto %s%s", what, snapshot.label, commit, device, made)
 

@@ -115,10 +115,10 @@ class Request:
             raise SettingsError(
                 f"{said}, and without a record nothing tells how; drop {option}, or convert the original."
             )
-        if self.compact and not record["recipe"]["compact"]:
+        if self.compact and not record.recipe.compact:
             raise SettingsError(f"{said} without compact; drop it, or convert the original with compact=True.")
-        if self.manifest is not None and load_manifest(self.manifest).sha256 != record["recipe"]["manifest_sha256"]:
-            stated = record["recipe"]["manifest"]
+        if self.manifest is not None and load_manifest(self.manifest).sha256 != record.recipe.manifest_sha256:
+            stated = record.recipe.manifest
             raise SettingsError(
                 f"{said} with the manifest {stated}; drop manifest, or convert the original with this one."
             )
@@ -140,7 +140,7 @@ def plan_for(snapshot: Snapshot, wanted: Wanted | None) -> Planned:
 def _fusion_groups(snapshot: Snapshot) -> dict[str, tuple[FusionGroup, ...]]:
     """The fusion groups of each component, by the manifest that the snapshot was, or would be, converted with."""
     record = record_of(snapshot)
-    manifest = shipped().get(record["recipe"]["manifest"]) if record is not None else None
+    manifest = shipped().get(record.recipe.manifest) if record is not None else None
     if manifest is None:
         manifest = choose_manifest(
             snapshot.repo, snapshot.pipeline, {c.name: c.class_name for c in snapshot.components}

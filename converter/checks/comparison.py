@@ -17,7 +17,9 @@ import numpy as np
 
 from ..format import layout
 from ..format.header import read_header
-from ..output.record import SEAL, make_record
+from ..format.reader import as_json
+from ..format.record import Record, RecordedShard
+from ..output.record import make_record
 from ..output.target import Done
 from ..plan.manifest import Manifest, load_manifest, shipped
 from ..plan.plan import make_plan
@@ -36,16 +38,18 @@ from .finding import Finding
 _RECIPE_KEYS = ("ignored_layers", "components", "compact", "weight_block_size", "activation_scheme", "max_shard_size")
 
 
-def open_original(
-    root: Path, record: Mapping[str, Any], source: str | os.PathLike[str], options: HubAccess
-) -> Snapshot:
+def open_original(root: Path, record: Record, source: str | os.PathLike[str], options: HubAccess) -> Snapshot:
     """The source, with its files on this machine. Raises ConvertError if the snapshot cannot have come from it.
 
     A Hub repository that the record names is read at the commit that the record names, unless another is asked for.
     """
-    stated_source = record["source"]
-    stated_commit = stated_source["commit"]
-    by_record = options.revision is None and stated_source["repo"] == os.fspath(source) and local_folder(source) is None
+    if record.format != layout.RECORD_FORMAT:
+        raise ConvertError(
+            f"{root} has a record of the format {record.format}, which cannot be compared with a source; verify it "
+            "without --source, or convert the source again."
+        )
+    stated_commit = record.source.commit
+    by_record = options.revision is None and record.source.repo == os.fspath(source) and local_folder(source) is None
     if by_record and stated_commit is not None:
         options = replace(options, revision=stated_commit)
     try:
@@ -56,10 +60,16 @@ def open_original(
         if not (by_record and stated_commit is not None):
             raise
         raise ConvertError(f"{root} says that it was made from the commit {stated_commit!r:.80}: {error}") from error
-    stated = recorded_classes(record)
+    _check_components(root, record, snapshot)
+    return fetch(snapshot, options)
+
+
+def _check_components(root: Path, record: Record, snapshot: Snapshot) -> None:
+    """Raise ConvertError unless the source has the components that the record names."""
+    stated = record.classes
     given = {c.name: c.class_name for c in snapshot.components}
     if stated == given:
-        return fetch(snapshot, options)
+        return
     if "" in stated and "" not in given:
         alike = " or ".join(n for n, class_name in given.items() if class_name == stated[""])
         raise ConvertError(
@@ -77,29 +87,24 @@ def open_original(
     )
 
 
-def described(source: Snapshot, record: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+def described(source: Snapshot, record: Record) -> tuple[str, tuple[str, ...]]:
     """What is compared with, and notes on what that source cannot tell."""
     label = source.label if source.commit is None else f"{source.label} @ {source.commit}"
-    stated = record["source"]["repo"]
+    stated = record.source.repo
     if stated is not None and source.repo is None:
         return label, (f"that it was made from {stated!r:.80} is not checked: the source given is a folder",)
     return label, ()
 
 
-def recorded_classes(record: Mapping[str, Any]) -> dict[str, str | None]:
-    """The components' classes by name, as the record states them."""
-    return {name: entry["class"] for name, entry in record["components"].items()}
-
-
-def recorded_manifest(root: Path, record: Mapping[str, Any], manifest: str | None) -> Manifest:
+def recorded_manifest(root: Path, record: Record, manifest: str | None) -> Manifest:
     """The manifest that the record names: a shipped one, or the one given."""
-    name = record["recipe"]["manifest"]
+    name = record.recipe.manifest
     if manifest is None and name not in shipped():  # a path in a record is not followed
         raise ConvertError(
             f"There is no manifest named {name!r:.80} here; pass the one that {root} was converted with."
         )
     chosen = load_manifest(manifest or name)
-    if chosen.sha256 != record["recipe"]["manifest_sha256"]:
+    if chosen.sha256 != record.recipe.manifest_sha256:
         raise ConvertError(
             f"{root} was converted with another version of the manifest {name!r:.80}; pass that one with --manifest."
         )
@@ -108,7 +113,7 @@ def recorded_manifest(root: Path, record: Mapping[str, Any], manifest: str | Non
 
 def compare(
     root: Path,
-    record: Mapping[str, Any],
+    record: Record,
     snapshot: Snapshot,
     manifest: Manifest,
     damaged: Collection[str],
@@ -128,9 +133,9 @@ def compare(
     for shard in plan.shards:
         digests = yield from compare_shard(root, shard, plan, damaged)
         for file in shard.files:
-            stated = record["files"].get(file.path, {})
+            stated = record.files.get(file.path)
             done[file.path] = Done(
-                file.path, file.size, stated.get("sha256", ""), shard.source.size, digests.get(shard.source.path)
+                file.path, file.size, stated.sha256 if stated else "", shard.source.size, digests.get(shard.source.path)
             )
         progress.advance(shard.source.size)
     progress.close()
@@ -143,37 +148,46 @@ def compare(
 
 
 def _compare_files(
-    record: Mapping[str, Any], given: Mapping[str, Done], weights: Collection[str], damaged: Collection[str]
+    record: Record, given: Mapping[str, Done], weights: Collection[str], damaged: Collection[str]
 ) -> Iterator[Finding]:
     """Files that the source gives against those that the record has; the record's digests were checked before."""
     for path, done in given.items():
-        stated = record["files"].get(path)
+        stated = record.files.get(path)
         if stated is None and path not in damaged:
             yield Finding(path, "is missing, though the source gives it")
-        elif stated is not None and path not in damaged and path not in weights and stated["sha256"] != done.sha256:
+        elif stated is not None and path not in damaged and path not in weights and stated.sha256 != done.sha256:
             yield Finding(path, "differs from what the source gives")
-    for path in sorted(record["files"].keys() - given.keys()):
+    for path in sorted(record.files.keys() - given.keys()):
         yield Finding(path, "is not what the source gives")
 
 
-def _compare_record(record: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[Finding]:
+def _compare_record(record: Record, given: Record) -> Iterator[Finding]:
     """The record's fields against those that source and recipe give; digests of files are compared elsewhere."""
-    expected = {**given, "tool_version": record["tool_version"]}
     # The scales came from a file of the user's, of which the snapshot holds the maximum over each fusion group.
-    expected["recipe"] = {**given["recipe"], "input_scales_sha256": record["recipe"]["input_scales_sha256"]}
-    expected["recipe_sha256"] = recipe_sha256(record["tool_version"], expected["recipe"])
-    if given["source"]["repo"] is None or record["source"]["repo"] is None:  # a folder makes no claim
-        names = {key: record["source"][key] for key in ("repo", "commit")}
-        expected["source"] = {**given["source"], **names}
-    for part in ("files", SEAL):
-        expected[part] = record[part]
-    for path, entry in expected["shards"].items():
-        stated = record["shards"].get(path, {})
-        expected["shards"][path] = {**entry, **{k: stated[k] for k in ("size", "sha256") if k in stated}}
-        if entry["source_sha256"] is None and "source_sha256" in stated:  # could not be read to its end: found
-            expected["shards"][path]["source_sha256"] = stated["source_sha256"]
-    for problem in _differences(record, expected, "the record"):
+    recipe = replace(given.recipe, input_scales_sha256=record.recipe.input_scales_sha256)
+    source = given.source
+    if source.repo is None or record.source.repo is None:  # a folder makes no claim
+        source = replace(source, repo=record.source.repo, commit=record.source.commit)
+    expected = replace(
+        given,
+        tool_version=record.tool_version,
+        source=source,
+        recipe=recipe,
+        recipe_sha256=recipe_sha256(record.tool_version, as_json(recipe)),
+        shards={path: _expected_shard(shard, record.shards.get(path)) for path, shard in given.shards.items()},
+        files=record.files,
+        record_sha256=record.record_sha256,
+    )
+    for problem in _differences(record.to_json(), expected.to_json(), "the record"):
         yield Finding(layout.RECORD_FILE, problem)
+
+
+def _expected_shard(given: RecordedShard, stated: RecordedShard | None) -> RecordedShard:
+    if stated is None:
+        return given
+    # A source that could not be read to its end has no digest, and a finding.
+    source_sha256 = given.source_sha256 or stated.source_sha256
+    return replace(given, size=stated.size, sha256=stated.sha256, source_sha256=source_sha256)
 
 
 def _differences(stated: Any, expected: Any, where: str) -> Iterator[str]:
@@ -191,17 +205,17 @@ def _differences(stated: Any, expected: Any, where: str) -> Iterator[str]:
         yield f"{where} is {stated!r:.80}, and the source gives {expected!r:.80}"
 
 
-def _recipe(root: Path, record: Mapping[str, Any], snapshot: Snapshot, manifest: Manifest) -> Recipe:
+def _recipe(root: Path, record: Record, snapshot: Snapshot, manifest: Manifest) -> Recipe:
     """The recipe that the record states."""
-    stated = {key: value for key, value in record["recipe"].items() if key in _RECIPE_KEYS}
-    if record["recipe"]["input_scales_sha256"]:
+    stated = {key: getattr(record.recipe, key) for key in _RECIPE_KEYS}
+    if record.recipe.input_scales_sha256:
         stated["input_scales"] = _stored_input_scales(root, record)
     return Settings.read(stated).resolve(snapshot, manifest)
 
 
-def _stored_input_scales(root: Path, record: Mapping[str, Any]) -> dict[str, float]:
+def _stored_input_scales(root: Path, record: Record) -> dict[str, float]:
     scales = {}
-    for path in record["shards"]:
+    for path in record.shards:
         header = read_header(root / path, path)
         fd = open_for_reading(root / path, path)
         try:

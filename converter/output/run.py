@@ -280,9 +280,9 @@ def _finish(plan: Plan, target: Target, progress: Progress) -> str:
         size, pieces = plan.snapshot.files.sizes()[path], plan.snapshot.files.pieces(path)
         target.add(Done(path, size, write_pieces(target.staged(path), size, pieces, path)))
     record = make_record(plan, {path: target.done[path] for path in plan.paths})
-    write_small(target.staged(RECORD_FILE), encode_json(record), RECORD_FILE)
+    write_small(target.staged(RECORD_FILE), encode_json(record.to_json()), RECORD_FILE)
     target.publish([*plan.paths, RECORD_FILE], progress.finishing)
-    return str(record["record_sha256"])
+    return record.record_sha256
 
 
 def _bytes_of(shards: Sequence[ShardPlan], domains: Sequence[str]) -> int:

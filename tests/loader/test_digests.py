@@ -93,7 +93,7 @@ def test_from_the_hub_every_recorded_file_comes_along(hub: HubServer, snapshot: 
 def test_what_only_the_record_lists_is_fetched_too(hub: HubServer, snapshot: Path) -> None:
     """Such as a file of another converter version's choosing, which this one would not have carried over."""
     from fp8_convert.converter.format.layout import encode_json
-    from fp8_convert.converter.output.record import seal
+    from fp8_convert.converter.format.record import seal
 
     (snapshot / "notes.dat").write_bytes(b"kept")
     record = {k: v for k, v in json.loads((snapshot / "fp8_convert.json").read_text()).items() if k != "record_sha256"}

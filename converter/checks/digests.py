@@ -1,0 +1,79 @@
+"""Do all files of a converted snapshot have the record's sizes and digests, and is nothing else there?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path, PurePosixPath
+
+from ..format import layout
+from ..format.header import read_header
+from ..format.record import Record, RecordedFile
+from ..format.untrusted import parse_json, read_whole
+from ..output.writing import file_sha256
+from ..telling.errors import ConvertError
+from ..telling.progress import Progress
+from .finding import Finding
+
+
+def check_files(root: Path, record: Record, progress: Progress) -> Iterator[Finding]:
+    """Sizes and digests of all that the record lists, and files that it does not list."""
+    for name, entry in record.files.items():
+        if problem := _damage(root / name, entry):
+            yield Finding(name, problem)
+        progress.advance(entry.size)
+    yield from _unlisted(root, {*record.files, layout.RECORD_FILE})
+
+
+def _unlisted(root: Path, listed: Collection[str]) -> Iterator[Finding]:
+    """Every file that is not listed, dot files included; a folder without any listed file is one finding."""
+    folders = {parent.as_posix() for path in listed for parent in PurePosixPath(path).parents}
+    seen: set[tuple[int, int]] = set()
+    for where, below, names in os.walk(root, followlinks=True):  # a reader follows links too
+        here = Path(where).relative_to(root).as_posix()
+        about = os.stat(where)
+        if (about.st_dev, about.st_ino) in seen:  # a link to a folder that was looked at
+            below.clear()
+            continue
+        seen.add((about.st_dev, about.st_ino))
+        prefix = "" if here == "." else f"{here}/"
+        for name in sorted(names):
+            if prefix + name not in listed:
+                yield Finding(prefix + name, "is not in the record")
+        for name in sorted(below):
+            if prefix + name not in folders:
+                below.remove(name)
+                if count := sum(len(files) for _, _, files in os.walk(Path(where, name))):
+                    yield Finding(f"{prefix}{name}/", f"is not in the record ({count} files)")
+        below.sort()
+
+
+def _damage(file: Path, entry: RecordedFile) -> str | None:
+    """How a file differs from its entry in the record, None if it does not."""
+    try:
+        if not file.is_file():
+            return "is missing"
+        with open(file, "rb", buffering=0) as opened:
+            size = os.fstat(opened.fileno()).st_size
+            if size != entry.size:
+                return f"has {size} bytes instead of {entry.size}"
+            if file_sha256(opened.fileno()) == entry.sha256:
+                return None
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    unreadable = _unreadable(file)
+    return "has another sha256 than the record says" + (f": {unreadable}" if unreadable else "")
+
+
+def _unreadable(file: Path) -> str | None:
+    """Why a damaged file cannot be parsed, None if it can."""
+    try:
+        if file.suffix == ".safetensors":
+            read_header(file, "it")
+        elif file.suffix == ".json":
+            parse_json(read_whole(file, "it", layout.MAX_RECORD_BYTES))
+    except ConvertError as error:
+        return str(error)
+    except ValueError as error:
+        return f"it {error}"
+    return None

@@ -1,0 +1,208 @@
+"""The record `fp8_convert.json` at a converted snapshot's root: what it was made from, how, and every digest.
+
+It holds nothing that changes between two conversions of the same source with the same recipe and tool: no times,
+no paths, no device, no thread counts. `docs/format.md` says what each field means. What changes its fields raises
+`layout.RECORD_FORMAT`; what older formats lack has a default here, and `_ADDED` says since when it is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..telling.errors import ConvertError
+from ..telling.notebook import Brief
+from . import layout
+from .layout import Block
+from .reader import as_json, read_value
+from .untrusted import parse_json
+
+SEAL = "record_sha256"
+# Fields by the format that brought them: a record of that format or a newer one has them, an older one does not.
+_ADDED = {2: (("recipe", "max_shard_size"), ("components", "shared_scales"))}
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class RecordedSource(Brief):
+    """What was converted: Hub id and commit (None for a folder), the pipeline's class (None for a lone component)."""
+
+    repo: str | None
+    commit: str | None
+    pipeline: str | None
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class RecordedRecipe(Brief):
+    """The settings, as `Recipe.to_json` states them."""
+
+    quantization: str
+    manifest: str
+    manifest_sha256: str
+    ignored_layers: tuple[str, ...]
+    components: tuple[str, ...]
+    compact: bool
+    weight_block_size: Block | None
+    activation_scheme: str
+    max_shard_size: int | None = None
+    input_scales_sha256: str | None
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class RecordedDecision(Brief):
+    """Tensors of one component that share a decision; `dtypes` counts them by source dtype."""
+
+    mode: str | None
+    scheme: str | None
+    kind: str | None
+    rule: str
+    why: str
+    tensors: int
+    dtypes: Mapping[str, int]
+    params: int
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class RecordedComponent(Brief):
+    """One component; `fp8_modules` are counts by mode, `shared_scales` the modules of each group with one scale."""
+
+    class_: str | None
+    fp8_modules: Mapping[str, int]
+    bytes_before: int
+    bytes_after: int
+    shared_scales: tuple[tuple[str, ...], ...] = ()
+    decisions: tuple[RecordedDecision, ...]
+
+    @property
+    def converted(self) -> bool:
+        return any(self.fp8_modules.values())
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class RecordedShard(Brief):
+    """A safetensors file, and the one that it was made from."""
+
+    size: int
+    sha256: str
+    source: str
+    source_size: int
+    source_sha256: str
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class RecordedFile(Brief):
+    """Size and digest of a file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class Record(Brief):
+    """A snapshot's record; `record_sha256` seals all the rest."""
+
+    format: int
+    tool: str
+    tool_version: str
+    source: RecordedSource
+    recipe: RecordedRecipe
+    recipe_sha256: str
+    components: Mapping[str, RecordedComponent]
+    shards: Mapping[str, RecordedShard]
+    files: Mapping[str, RecordedFile]
+    record_sha256: str
+
+    @property
+    def classes(self) -> dict[str, str | None]:
+        """The components' classes by name."""
+        return {name: component.class_ for name, component in self.components.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """As this version writes it."""
+        data: dict[str, Any] = as_json(self)
+        return data
+
+
+def seal(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record's JSON with a digest of itself, so that a damaged record is found too."""
+    text = json.dumps({k: v for k, v in record.items() if k != SEAL}, sort_keys=True, separators=(",", ":"))
+    return {**record, SEAL: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def read_record(raw: bytes, where: str) -> Record:
+    """The record whose bytes are `raw`; `where` names its file in errors.
+
+    Its types and paths are checked, its digests are not. Raises ConvertError if it is no record that can be used.
+    """
+    data = _parse(raw, where)
+    try:
+        return _read(data)
+    except ValueError as error:
+        advice = "upgrade fp8-convert" if _is_newer(data) else "convert the snapshot again"
+        raise ConvertError(f"{where} {error}; {advice}.") from error
+
+
+def record_problem(raw: bytes, where: str) -> str | None:
+    """What is wrong with the record itself, None if it is, byte for byte, what was written.
+
+    Raises ConvertError if it is no JSON object.
+    """
+    data = _parse(raw, where)
+    try:
+        _read(data)
+    except ValueError as error:
+        return str(error)
+    try:
+        as_written = seal(data) == data and layout.encode_json(data) == raw
+    except (ValueError, RecursionError):  # what no encoder writes, such as half a surrogate pair
+        as_written = False
+    return None if as_written else "was changed since it was written"
+
+
+def _parse(raw: bytes, where: str) -> dict[str, Any]:
+    try:
+        data = parse_json(raw)
+    except ValueError as error:
+        raise ConvertError(f"{where} is damaged (it {error}); convert the snapshot again.") from error
+    if not isinstance(data, dict):
+        raise ConvertError(f"{where} is damaged (not a JSON object); convert the snapshot again.")
+    return data
+
+
+def _read(data: Mapping[str, Any]) -> Record:
+    """The record in a JSON object. Raises ValueError with a clause on what keeps readers from using it."""
+    if type(stated := data.get("format")) is not int or not 1 <= stated <= layout.RECORD_FORMAT:
+        raise ValueError(f"has the format {stated!r:.40}, and this version reads 1 to {layout.RECORD_FORMAT}")
+    try:
+        record: Record = read_value(Record, data, "the record")
+        if what := next(_contradictions(data, record), None):
+            raise ValueError(what)
+    except ValueError as error:
+        raise ValueError(f"is damaged ({error})") from error
+    return record
+
+
+def _is_newer(data: Mapping[str, Any]) -> bool:
+    stated = data.get("format")
+    return isinstance(stated, int) and stated > layout.RECORD_FORMAT
+
+
+def _contradictions(data: Mapping[str, Any], record: Record) -> Iterator[str]:
+    """Fields that its format lacks or demands, names that are no paths below the snapshot, parts that do not fit."""
+    for since, places in _ADDED.items():
+        for part, key in places:
+            for entry in data["components"].values() if part == "components" else (data[part],):
+                if (key in entry) != (record.format >= since):
+                    yield f"{key!r} of {part!r} comes with the format {since}, and its format is {record.format}"
+    for path in (*filter(None, record.components), *record.files):
+        if not path.isprintable() or any(part in ("", ".", "..") for part in path.split("/")):
+            yield f"it names {path!r:.80}, which is no path of a snapshot"
+    for path, shard in record.shards.items():
+        if record.files.get(path) != RecordedFile(size=shard.size, sha256=shard.sha256):
+            yield f"its shards and files disagree about {path!r:.80}"
+        elif path.rpartition("/")[0] not in record.components:
+            yield f"the shard {path!r:.80} is of no component"
