@@ -15,7 +15,7 @@ from .conversion import convert
 from .format.layout import RECORD_FILE
 from .inspection import inspect
 from .output.record import read_record
-from .snapshot.modules import quiet_libraries
+from .snapshot.building import quiet_libraries
 from .telling.errors import ConvertError
 from .telling.progress import bars_of_libraries
 from .verification import verify

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from fp8_convert.converter.demo import byte_tokenizer, tiny_pipeline
-from fp8_convert.converter.snapshot.modules import quiet_libraries
+from fp8_convert.converter.snapshot.building import quiet_libraries
 
 HIDDEN = 128
 BF16 = torch.bfloat16
