@@ -14,8 +14,8 @@ from ..converter.snapshot.building import NoModelError, bounded, build_on_meta
 from ..converter.snapshot.naming import name_tensors, stays_float32
 from ..converter.snapshot.source import CONFIG, Component
 from ..converter.telling.errors import ConvertError, LoadError
-from .backend import Choice
-from .checkpoint import one_line
+from .backend import Backend
+from .checkpoint import Fp8Modules, one_line
 from .install import install
 
 _SCALES = (layout.WEIGHT_SCALE, layout.WEIGHT_SCALE_INV, layout.INPUT_SCALE)
@@ -71,31 +71,25 @@ def tensor_names(model: Any, keys: Iterable[str], fp8: Iterable[str]) -> dict[st
 
 def install_all(
     model: nn.Module,
-    modules: Mapping[str, layout.WeightFormat],
+    fp8: Fp8Modules,
     names: Mapping[str, str],
     *,
     dtype: torch.dtype,
-    activation_scheme: str,
-    backend: Choice,
+    backend: Backend = "auto",
     label: str,
 ) -> None:
-    """Turns each of `modules` (by checkpoint name) into its FP8 form, still without
-    memory.
+    """Turn each of the modules into its FP8 form, still without memory; `names` are those of their weights.
+
+    Raises LoadError for a module that the model has not, or that cannot be FP8.
     """
     parts = dict(model.named_modules())
-    for name, how in modules.items():
+    for name, how in fp8.modules.items():
         own = names[name + layout.WEIGHT].removesuffix(layout.WEIGHT)
         if own not in parts:
             raise LoadError(f"{label} has the FP8 weight {name}, but {type(model).__name__} has no module {own}.")
+        scheme = fp8.activation_scheme
         try:
-            install(
-                parts[own],
-                how,
-                dtype=dtype,
-                activation_scheme=activation_scheme,
-                backend=backend,
-                name=own,
-            )
+            install(parts[own], how, dtype=dtype, activation_scheme=scheme, backend=backend, name=own)
         except (TypeError, ValueError) as error:
             raise LoadError(f"{label} cannot be loaded: {error}.") from error
 
