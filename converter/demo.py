@@ -30,11 +30,6 @@ def run_demo(output: Path, say: Callable[[str], None]) -> None:
 
     Replaces an earlier demo's output and nothing else. Raises ConvertError.
     """
-    from ..loader import (
-        load_pipeline,
-        report,
-    )  # the demo stands above both halves; nothing else here imports the loader
-
     picture = output.with_name(f"{output.name}.png")  # not inside: `verify` wants nothing there that is not recorded
     again = _is_a_demos(output)
     if not again and (output / RECORD_FILE).exists():
@@ -51,6 +46,9 @@ def run_demo(output: Path, say: Callable[[str], None]) -> None:
         say(render_inspection(inspect(output)))
         say("")
         say(render_verification(verify(output, source=source)).replace(str(source), "the source"))
+    # The demo stands above both halves, and nothing else here imports the loader; late, so that it can speak at once.
+    from ..loader import load_pipeline, report
+
     with bars_of_libraries():
         pipeline = load_pipeline(output)
     pipeline.set_progress_bar_config(disable=True)
