@@ -1,6 +1,7 @@
 """An original component as diffusers' own `from_pretrained` meets it: its files and a config, and the plan for them."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from ..converter.format import layout
@@ -39,9 +40,7 @@ def plan_of(component: Component, folder: Path, config: Fp8Config) -> tuple[Comp
         pipeline = index.get("_class_name")
         classes = {k: v[1] for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[1]}
     original = {k: v for k, v in component.config.items() if k != layout.CONFIG_KEY}
-    component = Component(
-        component.name, component.library, component.class_name, original, component.stem, component.shards, None
-    )
+    component = replace(component, config=original)
     recipe = Recipe(
         manifest=choose_manifest(None, pipeline, classes),
         ignored_layers=tuple(config.ignored_layers),
