@@ -14,7 +14,7 @@ from .conversion import convert
 from .format.layout import RECORD_FILE
 from .inspection import inspect
 from .output.record import load_record
-from .snapshot.modules import quiet_libraries
+from .snapshot.building import quiet_libraries
 from .telling.errors import ConvertError
 from .telling.progress import bars_of_libraries
 from .tiny import tiny_pipeline
@@ -29,9 +29,6 @@ def run_demo(output: Path, say: Callable[[str], None]) -> None:
 
     Replaces an earlier demo's output and nothing else. Raises ConvertError.
     """
-    # The demo stands above both halves; nothing else here imports the loader.
-    from ..loader import load_pipeline, report
-
     picture = output.with_name(f"{output.name}.png")  # not inside: `verify` wants nothing there that is not recorded
     again = _is_a_demos(output)
     if not again and (output / RECORD_FILE).exists():
@@ -48,6 +45,9 @@ def run_demo(output: Path, say: Callable[[str], None]) -> None:
         say(render_inspection(inspect(output)))
         say("")
         say(render_verification(verify(output, source=source)).replace(str(source), "the source"))
+    # The demo stands above both halves, and nothing else here imports the loader; late, so that it can speak at once.
+    from ..loader import load_pipeline, report
+
     with bars_of_libraries():
         pipeline = load_pipeline(output)
     pipeline.set_progress_bar_config(disable=True)

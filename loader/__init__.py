@@ -5,8 +5,9 @@ VAEs.
 """
 
 from ..converter.telling.errors import LoadError
+from .fp8_config import Fp8Config
 from .pipeline import load_component, load_pipeline
-from .quantizer import Fp8Config, register
+from .registration import register
 from .report import Report, report
 
 register()

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from ..converter.snapshot.building import default_dtype
 from ..converter.snapshot.source import MODEL_INDEX, LocalFiles, read_json
 from ..converter.telling.errors import LoadError
-from .build import default_dtype
 from .checkpoint import one_line
 
 

@@ -3,8 +3,7 @@
     rows        codes x codes through torch's scaled matmul, a scale for each token
     groups      the same with 1x128 activation groups and 128x128 weight blocks
     tensor      the same with one static activation scale
-    dequantize  the weight in the activations' dtype, for this layer's forward alone; activations stay as they
-    are
+    dequantize  the weight in the activations' dtype, for this layer's forward alone; activations stay as they are
 
 "auto" takes the scaled matmul on CUDA devices of compute capability 8.9 and newer and `dequantize` elsewhere.
 "scaled_mm" forces it wherever torch can run it, the CPU included (slow; it is how its numerics are tested).
@@ -19,12 +18,12 @@ import torch
 from .kernels import GROUP
 from .product import Product, block_scale_step, scaled_product
 
-Choice = Literal["auto", "scaled_mm", "dequantize"]
+Backend = Literal["auto", "scaled_mm", "dequantize"]
 
 logger = logging.getLogger(__name__)
 
 
-class Backend(NamedTuple):
+class ChosenProduct(NamedTuple):
     """A matrix product and the reason for it, one clause of plain text."""
 
     product: Product
@@ -33,35 +32,33 @@ class Backend(NamedTuple):
 
 @functools.cache
 def choose(
-    choice: Choice, wanted: Product, device_type: str, device_index: int | None, rows: int, columns: int
-) -> Backend:
+    backend: Backend, wanted: Product, device_type: str, device_index: int | None, rows: int, columns: int
+) -> ChosenProduct:
     """The product for a weight [`rows`, `columns`] on a device, and the reason.
 
     `wanted` is the product that the layer's scales call for; the answer is that or "dequantize".
     """
-    if choice == "dequantize":
-        return Backend("dequantize", "asked for")
+    if backend == "dequantize":
+        return ChosenProduct("dequantize", "asked for")
     if device_type == "cpu":
-        if choice == "scaled_mm":
-            return Backend(wanted, "asked for")
-        return Backend("dequantize", "the CPU has no FP8 matrix units")
+        if backend == "scaled_mm":
+            return ChosenProduct(wanted, "asked for")
+        return ChosenProduct("dequantize", "the CPU has no FP8 matrix units")
     if device_type != "cuda" or device_index is None:
-        return Backend("dequantize", f"no FP8 matrix product on device type {device_type}")
+        return ChosenProduct("dequantize", f"no FP8 matrix product on device type {device_type}")
     if rows % 16 or columns % 16:
-        return Backend("dequantize", f"a weight of {rows}x{columns} is no multiple of 16x16")
+        return ChosenProduct("dequantize", f"a weight of {rows}x{columns} is no multiple of 16x16")
     if wanted == "groups" and -(-columns // GROUP) % 4 and block_scale_step(device_index) == 1:
-        return Backend("dequantize", f"torch {torch.__version__} mistakes the block scales of {columns} columns")
+        return ChosenProduct("dequantize", f"torch {torch.__version__} mistakes the block scales of {columns} columns")
     missing = _missing_on_cuda(device_index, wanted)
     if missing:
-        return Backend("dequantize", missing)
-    return Backend(wanted, f"{torch.cuda.get_device_name(device_index)} has FP8 matrix units")
+        return ChosenProduct("dequantize", missing)
+    return ChosenProduct(wanted, f"{torch.cuda.get_device_name(device_index)} has FP8 matrix units")
 
 
 @functools.cache
 def _missing_on_cuda(device_index: int, wanted: Product) -> str | None:
-    """Why CUDA device `device_index` cannot run `wanted`; None where it can. Runs a 16-token product to be
-    sure.
-    """
+    """Why CUDA device `device_index` cannot run `wanted`; None where it can. Runs a 16-token product to be sure."""
     major, minor = torch.cuda.get_device_capability(device_index)
     if torch.version.hip:
         return "ROCm is not supported"
@@ -87,7 +84,7 @@ def _say_once(reason: str) -> None:
     logger.warning("FP8 linears dequantise their weight in each forward: %s", reason)
 
 
-def announce(backend: Backend) -> None:
-    """Logs, once for each reason, that a layer does without the FP8 matrix product it could have used."""
-    if backend.product == "dequantize" and backend.reason != "asked for":
-        _say_once(backend.reason)
+def announce(chosen: ChosenProduct) -> None:
+    """Log, once for each reason, that a layer does without the FP8 matrix product it could have used."""
+    if chosen.product == "dequantize" and chosen.reason != "asked for":
+        _say_once(chosen.reason)

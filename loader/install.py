@@ -1,4 +1,4 @@
-"""Puts an FP8 layer in a plain layer's place."""
+"""Put an FP8 layer in a plain layer's place."""
 
 from typing import cast
 
@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..converter.format.layout import STORAGE, W8A8, WeightFormat
-from .backend import Choice
+from .backend import Backend
 from .linear import W8A8LinearMixin
 from .storage import StorageConvMixin, StorageLinearMixin
 from .weights import Fp8Weight, become_fp8
@@ -19,10 +19,10 @@ def install(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "meta",
     activation_scheme: str = "dynamic",
-    backend: Choice = "auto",
+    backend: Backend = "auto",
     name: str = "",
 ) -> Fp8Weight:
-    """Changes `module` in place into its FP8 form, its codes and scales not yet filled; returns it.
+    """Change `module` in place into its FP8 form, its codes and scales not yet filled; returns it.
 
     how: mode "w8a8" is for `nn.Linear`, "storage" for `nn.Linear`, `nn.Conv2d`, `nn.Conv3d` and their subclasses.
     name: for messages. The plain weight is dropped. Raises TypeError for a module of another kind, ValueError for a

@@ -1,9 +1,9 @@
 """Numeric kernels of the loader: activations to E4M3, E4M3 weights back to the compute dtype.
 
-Per token:      scale[m] = max(max|x[m, :]| / 448, 2^-126);  codes = e4m3_rne(clamp(x * (1 / scale[m]), -448,
-448)) Per 1x128 group: the same over x[m, 128g : 128g + 128], scales column-major (what cuBLAS wants)
-Static:         codes = e4m3_rne(clamp(x * (1 / input_scale), -448, 448))
-Weights:        w = dtype(float32(codes) * scale), one rounding, per tensor or per block
+Per token:        scale[m] = max(max|x[m, :]| / 448, 2^-126);  codes = e4m3_rne(clamp(x * (1 / scale[m]), -448, 448))
+Per 1x128 group:  the same over x[m, 128g : 128g + 128], scales column-major (what cuBLAS wants)
+Static:           codes = e4m3_rne(clamp(x * (1 / input_scale), -448, 448))
+Weights:          w = dtype(float32(codes) * scale), one rounding, per tensor or per block
 
 The floor keeps a row of zeros at zero: its codes are 0 and its scale is finite. NaN and Inf stay visible,
 they poison their own row and no other. Each function has a torch form, which is the definition, and a Triton
@@ -17,9 +17,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..converter.stream.quantize import E4M3_MAX, MIN_SCALE
+
 E4M3 = torch.float8_e4m3fn
-E4M3_MAX = 448.0
-SCALE_FLOOR = 2.0**-126  # the smallest normal float32: its reciprocal is finite
 GROUP = 128
 
 # Elements that one step of a plain dequantisation holds in float32.
@@ -47,8 +47,7 @@ def _fast(x: Tensor) -> ModuleType | None:
 def quantize_rows(x: Tensor, factor: Tensor, kept: bool = False) -> tuple[Tensor, Tensor]:
     """Per-token codes of `x` [M, K] (bf16, fp16 or fp32; rows may be strided), and the scales times `factor`.
 
-    `factor` is float32 of shape (): the weight's scale. Returns codes [M, K] float8_e4m3fn, scales [M, 1]
-    float32.
+    `factor` is float32 of shape (): the weight's scale. Returns codes [M, K] float8_e4m3fn, scales [M, 1] float32.
     With `kept` they may lie in memory that the next such call of this thread, on this stream, writes over.
     """
     fast = _fast(x)
@@ -56,7 +55,7 @@ def quantize_rows(x: Tensor, factor: Tensor, kept: bool = False) -> tuple[Tensor
         codes, scale = fast.quantize_rows(x, factor, kept)
         return codes, scale
     wide = x.float()
-    scale = (wide.abs().amax(dim=-1, keepdim=True) / E4M3_MAX).clamp(min=SCALE_FLOOR)
+    scale = (wide.abs().amax(dim=-1, keepdim=True) / E4M3_MAX).clamp(min=MIN_SCALE)
     return (wide * scale.reciprocal()).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), scale * factor
 
 
@@ -72,16 +71,14 @@ def quantize_groups(x: Tensor) -> tuple[Tensor, Tensor]:
     rows, width = x.shape
     groups = -(-width // GROUP)
     wide = torch.nn.functional.pad(x.float(), (0, groups * GROUP - width)).view(rows, groups, GROUP)
-    scale = (wide.abs().amax(dim=-1, keepdim=True) / E4M3_MAX).clamp(min=SCALE_FLOOR)
+    scale = (wide.abs().amax(dim=-1, keepdim=True) / E4M3_MAX).clamp(min=MIN_SCALE)
     codes = (wide * scale.reciprocal()).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
     columns = scale.view(rows, groups).t().reshape(-1).view(groups, rows)
     return codes.view(rows, groups * GROUP)[:, :width].contiguous(), columns.t()
 
 
 def quantize_static(x: Tensor, input_scale: Tensor) -> Tensor:
-    """Codes [M, K] of `x` [M, K] under one given scale (float32, shape ()); values beyond 448 scales
-    saturate.
-    """
+    """Codes [M, K] of `x` [M, K] under one given scale (float32, shape ()); values beyond 448 scales saturate."""
     fast = _fast(x)
     if fast is not None:
         codes: Tensor = fast.quantize_static(x, input_scale)

@@ -14,23 +14,23 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from . import kernels
-from .backend import Backend, Choice, announce, choose
+from .backend import Backend, ChosenProduct, announce, choose
 from .product import Product, scaled_product
 from .weights import INPUT_SCALE, Fp8Weight, Mode
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _product(choice: Choice, wanted: Product, device_type: str, index: int | None, n: int, k: int) -> Product:
-    backend = choose(choice, wanted, device_type, index, n, k)
-    announce(backend)
-    return backend.product
+def _product(backend: Backend, wanted: Product, device_type: str, index: int | None, n: int, k: int) -> Product:
+    chosen = choose(backend, wanted, device_type, index, n, k)
+    announce(chosen)
+    return chosen.product
 
 
 class W8A8LinearMixin(Fp8Weight, nn.Linear):
     """What `install` mixes into `nn.Linear`: the result is called W8A8Linear."""
 
     mode: Mode = "w8a8"  # type: ignore[misc]
-    backend: Choice = "auto"
+    backend: Backend = "auto"
 
     @property
     def wanted(self) -> Product:
@@ -39,10 +39,10 @@ class W8A8LinearMixin(Fp8Weight, nn.Linear):
             return "tensor" if INPUT_SCALE in self._buffers else "rows"
         return "groups" if self.block == (kernels.GROUP, kernels.GROUP) else "dequantize"
 
-    def backend_on(self, device: torch.device) -> Backend:
+    def product_on(self, device: torch.device) -> ChosenProduct:
         """The product this layer runs on `device`, and why."""
         if self.wanted == "dequantize":
-            return Backend("dequantize", f"no FP8 matrix product for scheme {self.scheme}")
+            return ChosenProduct("dequantize", f"no FP8 matrix product for scheme {self.scheme}")
         return choose(self.backend, self.wanted, device.type, device.index, self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:

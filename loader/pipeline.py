@@ -15,32 +15,19 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from ..converter.format import layout
 from ..converter.output.record import load_record
 from ..converter.output.work import Work
 from ..converter.plan.settings import Settings
 from ..converter.snapshot.access import HubAccess
-from ..converter.snapshot.source import Component, Snapshot
-from ..converter.stream.shard_stream import Engine
+from ..converter.snapshot.source import Snapshot
 from ..converter.telling.errors import LoadError, SettingsError
 from ..converter.telling.progress import Silent
 from .arguments import choose_device, choose_dtype, without_habits
 from .assemble import accepted_arguments, assemble, pipeline_class
-from .backend import Choice
-from .build import build, install_all, tensor_names
-from .checkpoint import (
-    Fp8Modules,
-    check_digests,
-    check_record,
-    fetched,
-    fp8_modules,
-    is_converted,
-    one_line,
-    open_snapshot,
-)
-from .fill import Filler, fill_from_shards, fill_from_stream
-from .quantizer import Fp8Config, Fp8DiffusersQuantizer, Fp8TransformersQuantizer, adopt, planned_modules
-from .settings import Planned, Request, Wanted, plan_for
+from .backend import Backend
+from .checkpoint import check_digests, fetched, is_converted, open_snapshot
+from .component import Target, load
+from .settings import Request, Wanted, plan_for
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +44,7 @@ def load_pipeline(
     save_as: str | os.PathLike[str] | None = None,
     verify: bool = False,
     strict: bool = True,
-    backend: Choice = "auto",
+    backend: Backend = "auto",
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -89,7 +76,7 @@ def load_pipeline(
     arguments that contradict each other, TypeError for one that neither this function nor the pipeline takes.
     """
     _check_backend(backend)
-    target, compute = choose_device(device, device_map), choose_dtype(dtype, torch_dtype)
+    target = Target(choose_device(device, device_map), choose_dtype(dtype, torch_dtype), backend, strict)
     access = HubAccess(revision, token, cache_dir, local_files_only, variant)
     request = Request(quantization, quantization_config, manifest, compact)
     snapshot = open_snapshot(source, access)
@@ -99,7 +86,7 @@ def load_pipeline(
     given = without_habits(pipeline_arguments, accepted_arguments(taker), taker.__name__, _options(load_pipeline))
     wanted = request.of(snapshot)
     if save_as is not None:
-        _convert_to(source, save_as, wanted, access, target)
+        _convert_to(source, save_as, wanted, access, target.device)
         access = HubAccess()
         snapshot, wanted = open_snapshot(save_as, access), None
     snapshot, root = _fetch(snapshot, wanted, access, verify)
@@ -107,9 +94,9 @@ def load_pipeline(
     components = dict(given)
     for component in snapshot.components:
         if component.name not in components and (component.name in planned or is_converted(component)):
-            components[component.name] = _load(component, root, planned, target, compute, strict, backend)
-    pipe = assemble(root, components, compute, variant).to(target)
-    _log(type(pipe).__name__, snapshot, root, target)
+            components[component.name] = load(component, root, planned, target)
+    pipe = assemble(root, components, target.dtype, variant).to(target.device)
+    _log(type(pipe).__name__, snapshot, root, target.device)
     return pipe
 
 
@@ -125,7 +112,7 @@ def load_component(
     compact: bool = False,
     verify: bool = False,
     strict: bool = True,
-    backend: Choice = "auto",
+    backend: Backend = "auto",
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -141,7 +128,7 @@ def load_component(
     """
     _check_backend(backend)
     without_habits(unknown, (), "load_component", _options(load_component))
-    target, compute = choose_device(device, device_map), choose_dtype(dtype, torch_dtype)
+    target = Target(choose_device(device, device_map), choose_dtype(dtype, torch_dtype), backend, strict)
     access = HubAccess(revision, token, cache_dir, local_files_only, variant)
     request = Request(quantization, quantization_config, manifest, compact)
     snapshot = open_snapshot(source, access)
@@ -155,14 +142,14 @@ def load_component(
     found = next(c for c in snapshot.components if c.name == name)
     if name not in planned and not is_converted(found):
         raise LoadError(f"{found.label} of {snapshot.label} has no FP8 weights; load it with from_pretrained.")
-    model = _load(found, root, planned, target, compute, strict, backend)
-    _log(f"{type(model).__name__} ({found.label})", snapshot, root, target)
+    model = load(found, root, planned, target)
+    _log(f"{type(model).__name__} ({found.label})", snapshot, root, target.device)
     return model
 
 
 def _check_backend(backend: str) -> None:
-    if backend not in get_args(Choice):
-        raise ValueError(f"backend is {backend!r}; use {', '.join(map(repr, get_args(Choice)))}.")
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend is {backend!r}; use {', '.join(map(repr, get_args(Backend)))}.")
 
 
 def _options(function: Callable[..., Any]) -> list[str]:
@@ -206,9 +193,6 @@ def _log(what: str, snapshot: Snapshot, root: Path, device: torch.device) -> Non
     logger.info("loaded %s from %s%s onto %s%s", what, snapshot.label, commit, device, made)
 
 
-# Before and after the weights
-
-
 def _convert_to(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
@@ -235,101 +219,3 @@ def _convert_to(
         Work(device="cuda" if device.type == "cuda" else "cpu"),
         Silent(),
     )
-
-
-# One component
-
-
-def _load(
-    component: Component,
-    root: Path,
-    planned: Planned,
-    device: torch.device,
-    dtype: torch.dtype,
-    strict: bool,
-    backend: Choice,
-) -> nn.Module:
-    """Builds the component, installs its FP8 layers, fills everything from its files and checks the
-    outcome.
-    """
-    plan, input_scales = planned.get(component.name, (None, {}))
-    fp8 = fp8_modules(component) if plan is None else planned_modules(plan)
-    keys = (
-        [t.name for t in component.tensors]
-        if plan is None
-        else [o.name for s in plan.shards for o in s.schedule.outputs]
-    )
-    model = build(component, dtype)
-    names = tensor_names(model, keys, fp8.modules)
-    install_all(
-        model,
-        fp8.modules,
-        names,
-        dtype=dtype,
-        activation_scheme=fp8.activation_scheme,
-        backend=backend,
-        label=component.label,
-    )
-    filler = Filler(model, names, dtype, device, component.label)
-    if plan is None:
-        fill_from_shards(filler, component.shards)
-    else:
-        with Engine(device, workers=max(1, (os.cpu_count() or 2) - 1), readers=8) as engine:
-            fill_from_stream(filler, plan.shards, engine, input_scales)
-    filler.finish()
-    _check(model, component, root, fp8, names, strict, filler.unexpected, plan is None)
-    _adopt(model, component, root, fp8, names)
-    return model
-
-
-def _check(
-    model: nn.Module,
-    component: Component,
-    root: Path,
-    fp8: Fp8Modules,
-    names: Mapping[str, str],
-    strict: bool,
-    unexpected: list[str],
-    converted: bool,
-) -> None:
-    from .report import unlisted_linears
-
-    problem = check_record(root, component, fp8) if converted else None
-    if problem is None and (plain := unlisted_linears(model, fp8, names)):
-        problem = f"config.json does not ignore {plain[0]}, but its weight is not FP8"
-    if unexpected:
-        logger.warning("%s: %d tensors of the checkpoint belong to no module, such as %s",
-                       component.label, len(unexpected), unexpected[0])  # fmt: skip
-    if problem is not None:
-        message = f"{component.label} is not what it promises: {problem}; convert the snapshot again."
-        if strict:
-            raise LoadError(message + " strict=False loads it all the same.")
-        logger.warning("%s", message)
-
-
-def _adopt(model: Any, component: Component, root: Path, fp8: Fp8Modules, names: Mapping[str, str]) -> None:
-    """Gives the model its config, generation settings and quantizer, as `from_pretrained` does."""
-    own = {module: names[module + layout.WEIGHT].removesuffix(layout.WEIGHT) for module in fp8.modules}
-    folder = str(root / component.name) if component.name else str(root)
-    quantizer: Any
-    if component.library == "diffusers":
-        quantizer = Fp8DiffusersQuantizer(Fp8Config(**fp8.config))
-        model.register_to_config(_name_or_path=folder)
-    else:
-        quantizer = Fp8TransformersQuantizer(Fp8Config(**fp8.config))
-        model.name_or_path = folder
-        _generation_config(model, folder)
-    quantizer.fp8, quantizer.names = fp8, own
-    adopt(model, quantizer)
-
-
-def _generation_config(model: Any, folder: str) -> None:
-    if hasattr(model, "can_generate") and model.can_generate() and Path(folder, "generation_config.json").is_file():
-        from transformers import GenerationConfig
-
-        try:
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-        except Exception as error:  # whatever transformers raises for a file it cannot use
-            raise LoadError(
-                f"generation_config.json in {folder} cannot be used ({one_line(error)}); download it again."
-            ) from error

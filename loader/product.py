@@ -22,11 +22,10 @@ Product = Literal["rows", "groups", "tensor", "dequantize"]
 def scaled_product(
     product: Product, x: Tensor, codes: Tensor, scale: Tensor, input_scale: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """Quantises `x` [M, K] as `product` says and multiplies it with `codes` [N, K]; the result is [M, N] in
-    x's dtype.
+    """Quantise `x` [M, K] as `product` says and multiply it with `codes` [N, K]; the result is [M, N] in x's dtype.
 
-    `scale` is float32, () for "rows" and "tensor", [ceil(N / 128), ceil(K / 128)] for "groups". `bias` is in
-    x's dtype. Raises RuntimeError where torch has no such product for the device.
+    `scale` is float32, () for "rows" and "tensor", [ceil(N / 128), ceil(K / 128)] for "groups". `bias` is in x's
+    dtype. Raises RuntimeError where torch has no such product for the device.
     """
     if not x.shape[0]:
         return x.new_empty(0, codes.shape[0])
@@ -43,8 +42,7 @@ def _rows(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tenso
     # Both scales go into the token's: the product then needs a vector of ones that every layer shares.
     quantized, row_scale = kernels.quantize_rows(x, scale, kept=True)
     if x.is_cuda and x.dtype != torch.bfloat16:
-        # torch's row-wise product writes bf16 alone; a float32 result scaled afterwards keeps fp16 and fp32
-        # exact.
+        # torch's row-wise product writes bf16 alone; a float32 result scaled afterwards keeps fp16 and fp32 exact.
         one = _ones(1, x.device).view(())
         out = torch._scaled_mm(quantized, codes.t(), one, one, out_dtype=torch.float32) * row_scale
         return (out if bias is None else out + bias).to(x.dtype)

@@ -1,6 +1,4 @@
-"""`report(pipe)`: what was promised FP8, what is installed, the bytes, and which matrix product runs and
-why.
-"""
+"""`report(pipe)`: what was promised FP8, what is installed, the bytes, and which matrix product runs and why."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -12,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..converter.format import layout
 from ..converter.telling.notebook import Brief
 from .checkpoint import Fp8Modules
 from .linear import W8A8LinearMixin
@@ -120,21 +117,6 @@ def report(pipe: Any) -> Report:
     return Report(type(pipe).__name__, described, versions)
 
 
-def unlisted_linears(model: nn.Module, fp8: Fp8Modules, names: Mapping[str, str]) -> list[str]:
-    """Linears that config.json does not ignore and that are not FP8, by checkpoint name."""
-    if not fp8.config or not fp8.modules:
-        return []
-    listed = set(fp8.config.get("ignored_layers") or ())
-    parts = dict(model.named_modules())
-    plain = []
-    for key, own in names.items():
-        module = parts.get(own.removesuffix(layout.WEIGHT)) if own.endswith(layout.WEIGHT) else None
-        name = key.removesuffix(layout.WEIGHT)
-        if isinstance(module, nn.Linear) and not isinstance(module, Fp8Weight) and name not in listed:
-            plain.append(name)
-    return plain
-
-
 def _modes(component: ComponentReport) -> list[str]:
     return sorted({*component.expected, *component.installed}, reverse=True)
 
@@ -168,8 +150,8 @@ def _component(name: str, model: nn.Module) -> ComponentReport:
     products: Counter[str] = Counter()
     for module in installed.values():
         if isinstance(module, W8A8LinearMixin):
-            backend = module.backend_on(_running_device(model, module))
-            products[f"{backend.product}: {backend.reason}"] += 1
+            chosen = module.product_on(_running_device(model, module))
+            products[f"{chosen.product}: {chosen.reason}"] += 1
     first = next(iter(tensors), torch.empty(0))
     return ComponentReport(
         name,

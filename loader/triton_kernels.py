@@ -39,7 +39,7 @@ def _rows(x, codes, scales, factor, width, stride, BLOCK: tl.constexpr):
     inside = column < width
     value = tl.load(x + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     amax = tl.reduce(tl.abs(value), 0, _nan_max)
-    # 2^-126, kernels.SCALE_FLOOR
+    # 2^-126, MIN_SCALE of the converter
     scale = tl.maximum(tl.div_rn(amax, 448.0), 1.1754943508222875e-38, propagate_nan=tl.PropagateNan.ALL)
     tl.store(codes + row * width + column, _encode(value, tl.div_rn(1.0, scale)), mask=inside)
     tl.store(scales + row, scale * tl.load(factor))

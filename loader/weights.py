@@ -71,9 +71,7 @@ class Fp8Weight(nn.Module):
         return f"{super().extra_repr()}, mode={self.mode}, scheme={self.scheme}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Moves codes and scales between devices and never changes their dtype; `compute_dtype` follows
-        casts.
-        """
+        """Move codes and scales between devices and never change their dtype; `compute_dtype` follows casts."""
         held = {id(t) for name in _HELD if (t := self._parameters.get(name, self._buffers.get(name))) is not None}
 
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -146,7 +144,7 @@ def become_fp8(
     device: torch.device | str,
     static: bool = False,
 ) -> Fp8Weight:
-    """Changes `module` in place into its FP8 subclass, with uninitialised codes and scales on `device`.
+    """Change `module` in place into its FP8 subclass, with uninitialised codes and scales on `device`.
 
     The plain weight is dropped; bias and everything else stay as they are. `dtype` becomes `compute_dtype`.
     """

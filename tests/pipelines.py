@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fp8_convert.converter.snapshot.modules import quiet_libraries
+from fp8_convert.converter.snapshot.building import quiet_libraries
 from fp8_convert.converter.tiny import HIDDEN, byte_tokenizer, image_vae, tiny_pipeline
 
 BF16 = torch.bfloat16

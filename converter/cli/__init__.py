@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -19,7 +20,10 @@ def main() -> None:
         return
     from .commands import main
 
-    main()
+    try:
+        main()
+    finally:
+        gc.freeze()  # the process ends: to walk all objects of PyTorch and its like once more would take a second
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> None:

@@ -25,7 +25,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _COMMANDS = ("convert", "inspect", "verify", "manifests", "demo")
 
 
-class Group(DefaultGroup):  # type: ignore[misc]
+class Commands(DefaultGroup):  # type: ignore[misc]
     """`fp8-convert SOURCE` is `fp8-convert convert SOURCE`, and the root help is that command's."""
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -69,7 +69,7 @@ class Names(click.ParamType):  # type: ignore[type-arg]
         return names
 
 
-@click.group(cls=Group, default="convert", context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, default="convert", context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(tool_version(), "-V", "--version", prog_name="fp8-convert")
 def main() -> None:
     """FP8 checkpoints for diffusion pipelines."""

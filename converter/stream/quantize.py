@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..format.layout import Block
 from . import compiled
 
 E4M3_MAX = 448.0
@@ -30,8 +31,6 @@ MIN_BLOCK_AMAX = 1e-4
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 _CHUNK = 512 * 1024  # elements: smaller ones make threads wait for the interpreter, larger ones leave the cache
-
-Block = tuple[int, int]
 
 
 class _Scratch(threading.local):

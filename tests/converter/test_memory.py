@@ -16,7 +16,7 @@ from pipelines import copied, saved
 from reference import read_safetensors
 
 from fp8_convert.converter.format.header import TensorInfo, encode_header
-from fp8_convert.converter.snapshot.modules import quiet_libraries
+from fp8_convert.converter.snapshot.building import quiet_libraries
 
 LIMIT = 300 * 2**20
 _CHILD = """

@@ -68,7 +68,7 @@ def test_scaled_product_agrees_with_float64(
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     out = layer(x)
     assert out.dtype == dtype
-    assert layer.backend_on(device).product == ("groups" if block else "rows")
+    assert layer.product_on(device).product == ("groups" if block else "rows")
     assert_close(out, reference(layer, x))
 
 
@@ -76,7 +76,7 @@ def test_edge_blocks(device: torch.device) -> None:
     layer = fp8_twin(plain(208, 336, device), "w8a8", 128, backend="scaled_mm")
     x = torch.randn(9, 336, generator=torch.Generator().manual_seed(2)).to(device, torch.bfloat16)
     expected = reference(layer, x)
-    if layer.backend_on(device).product == "dequantize":
+    if layer.product_on(device).product == "dequantize":
         expected = dequantized_twin(plain(208, 336, device), layer)(x).double()
     assert_close(layer(x), expected)
 
@@ -85,7 +85,7 @@ def test_static_scheme_uses_the_input_scale(device: torch.device) -> None:
     layer = fp8_twin(plain(256, 384, device), "w8a8", activation_scheme="static", backend="scaled_mm")
     layer.input_scale.fill_(0.005)  # saturates beyond 2.24, so per-token scales would show
     x = torch.randn(6, 384, generator=torch.Generator().manual_seed(3)).to(device, torch.bfloat16)
-    assert layer.backend_on(device).product == "tensor"
+    assert layer.product_on(device).product == "tensor"
     assert_close(layer(x), reference(layer, x))
 
 
@@ -111,7 +111,7 @@ def test_empty_and_noncontiguous_inputs(device: torch.device, choice: str, block
     assert layer(torch.empty(2, 0, 384, dtype=torch.bfloat16, device=device)).shape == (2, 0, 256)
     wide = torch.randn(4, 6, 768, generator=torch.Generator().manual_seed(5)).to(device, torch.bfloat16)
     for view in (wide[..., 100:484], wide.transpose(0, 1)[..., :384], wide[:, ::2, :384]):
-        if layer.backend_on(device).product == "dequantize":
+        if layer.product_on(device).product == "dequantize":
             assert torch.equal(layer(view), dequantized_twin(source, layer)(view))
         else:
             assert torch.equal(layer(view), layer(view.contiguous()))
@@ -157,16 +157,16 @@ def test_the_cpu_dequantises_and_says_so_once(caplog: pytest.LogCaptureFixture) 
     assert [r.message for r in caplog.records] == [
         "FP8 linears dequantise their weight in each forward: the CPU has no FP8 matrix units"
     ]
-    assert layers[0].backend_on(torch.device("cpu")).product == "dequantize"
+    assert layers[0].product_on(torch.device("cpu")).product == "dequantize"
 
 
 @pytest.mark.gpu
 def test_cuda_runs_the_scaled_matmul_by_itself() -> None:
     device = torch.device("cuda", 0)
     layer = fp8_twin(plain(256, 384, device), "w8a8")
-    assert layer.backend_on(device).product == "rows"
+    assert layer.product_on(device).product == "rows"
     odd = fp8_twin(plain(250, 384, device), "w8a8")
-    assert odd.backend_on(device) == ("dequantize", "a weight of 250x384 is no multiple of 16x16")
+    assert odd.product_on(device) == ("dequantize", "a weight of 250x384 is no multiple of 16x16")
     x = torch.ones(3, 384, device=device, dtype=torch.bfloat16)
     assert torch.equal(odd(x), dequantized_twin(plain(250, 384, device), odd)(x))
 
@@ -178,7 +178,7 @@ def test_cuda_runs_the_scaled_matmul_by_itself() -> None:
 def test_block_products_on_hopper(rows: int, k: int) -> None:
     device = torch.device("cuda", 0)
     layer = fp8_twin(plain(384, k, device), "w8a8", 128)
-    assert layer.backend_on(device).product == "groups"
+    assert layer.product_on(device).product == "groups"
     x = torch.randn(rows, k, generator=torch.Generator().manual_seed(8)).to(device, torch.bfloat16)
     assert_close(layer(x), reference(layer, x))
 

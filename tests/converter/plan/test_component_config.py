@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fp8_convert.converter import convert, verify
-from fp8_convert.converter.snapshot.modules import quiet_libraries
+from fp8_convert.converter.snapshot.building import quiet_libraries
 
 KEYS = ["quant_method", "activation_scheme", "is_checkpoint_fp8_serialized", "ignored_layers", "weight_block_size"]
 BLOCK = [128, 128]

@@ -15,7 +15,7 @@ from pipelines import BUILDERS, _clip_tokenizer, saved
 from fp8_convert.converter import ConvertError, plan_conversion
 from fp8_convert.converter.cli.render import render_plan
 from fp8_convert.converter.plan.plan import ComponentPlan, Plan
-from fp8_convert.converter.snapshot.modules import quiet_libraries
+from fp8_convert.converter.snapshot.building import quiet_libraries
 
 ENCODER = own_manifests.table("text_encoder", "storage", "mlp")
 

@@ -26,7 +26,8 @@ from fp8_convert.converter.conversion import plan_conversion
 from fp8_convert.converter.plan.manifest import shipped
 from fp8_convert.converter.plan.pattern import matches
 from fp8_convert.converter.plan.plan import ComponentPlan, Plan, rows
-from fp8_convert.converter.snapshot.modules import build_on_meta, checkpoint_to_module_names, quiet_libraries
+from fp8_convert.converter.snapshot.building import build_on_meta, quiet_libraries
+from fp8_convert.converter.snapshot.naming import name_tensors
 from fp8_convert.converter.tiny import image_vae
 
 GOLDEN = Path(__file__).with_name("golden_manifests.json")
@@ -401,7 +402,8 @@ def test_transformers_expects_the_planned_text_encoder(plans: Plans, manifest: s
     assert planned.config is not None
     model = fp8_replaced(planned.source.class_name, planned.config)
     state = model.state_dict()
-    module_names = checkpoint_to_module_names(model, [t.module for t in planned.tensors])
+    names = name_tensors(model, [f"{t.module}.weight" for t in planned.tensors]).names
+    module_names = {key.removesuffix(".weight"): name.removesuffix(".weight") for key, name in names.items()}
     fp8 = {module_names[t.module] for t in planned.tensors if t.decision.fp8}
     assert {n for n, m in model.named_modules() if type(m).__name__ == "FP8Linear"} == fp8
     assert {n.removesuffix(".weight_scale_inv") for n in state if n.endswith(".weight_scale_inv")} == fp8

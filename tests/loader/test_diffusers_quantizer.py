@@ -15,13 +15,10 @@ from diffusers import (
     WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
-from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from runs import assert_same_weights, converted, quiet, run
 from safetensors.torch import load_file, save_file
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as TRANSFORMERS_MAPPING
 
 from fp8_convert.loader import Fp8Config, load_component, load_pipeline, report
-from fp8_convert.loader.quantizer import Fp8DiffusersQuantizer, register
 from fp8_convert.loader.weights import Fp8Weight
 
 CLASSES = {
@@ -135,24 +132,3 @@ def test_codes_without_a_scale_raise(tmp_path: Path) -> None:
     save_file(tensors, shard)
     with pytest.raises(RuntimeError, match="holds FP8 codes, but"):
         AutoencoderKLQwenImage.from_pretrained(folder)
-
-
-def test_registering_is_idempotent_and_leaves_transformers_fp8_alone() -> None:
-    before = TRANSFORMERS_MAPPING["fp8"]
-    register()
-    assert AUTO_QUANTIZER_MAPPING["fp8"] is AUTO_QUANTIZER_MAPPING["fp8_convert"] is Fp8DiffusersQuantizer
-    assert TRANSFORMERS_MAPPING["fp8"] is before
-    assert "transformers" in before.__module__
-
-
-def test_a_config_means_something() -> None:
-    with pytest.raises(ValueError, match="use 'dynamic' or 'static'"):
-        Fp8Config(activation_scheme="none")
-    config = Fp8Config(weight_block_size=(128, 128), ignored_layers=["proj_out"], is_checkpoint_fp8_serialized=True)
-    assert config.to_dict() == {
-        "quant_method": "fp8_convert",
-        "activation_scheme": "dynamic",
-        "is_checkpoint_fp8_serialized": True,
-        "ignored_layers": ["proj_out"],
-        "weight_block_size": [128, 128],
-    }

@@ -1,0 +1,132 @@
+"""One component: built, its FP8 layers installed, filled from its files, checked, and made its library's own."""
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..converter.format import layout
+from ..converter.plan.plan import ComponentPlan
+from ..converter.snapshot.source import Component
+from ..converter.stream.shard_stream import Engine
+from ..converter.telling.errors import LoadError
+from .backend import Backend
+from .build import build, install_all, tensor_names
+from .checkpoint import Fp8Modules, check_record, fp8_modules, one_line
+from .diffusers_quantizer import Fp8DiffusersQuantizer
+from .fill import Filler, fill_from_shards, fill_from_stream
+from .fp8_config import Fp8Config
+from .original import planned_modules
+from .settings import Planned
+from .transformers_quantizer import Fp8TransformersQuantizer
+from .weights import Fp8Weight
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What components are loaded for.
+
+    dtype: of all that is not FP8, and of the computation. strict: refuse one that is not what its record and config
+    promise, instead of a warning.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    backend: Backend = "auto"
+    strict: bool = True
+
+
+def load(component: Component, root: Path, planned: Planned, target: Target) -> nn.Module:
+    """Load a component of the snapshot in `root`; one that is `planned` is converted on its way. Raises LoadError."""
+    plan, input_scales = planned.get(component.name, (None, {}))
+    fp8 = fp8_modules(component) if plan is None else planned_modules(plan)
+    model = build(component, target.dtype)
+    names = tensor_names(model, _keys(component, plan), fp8.modules)
+    install_all(model, fp8, names, dtype=target.dtype, backend=target.backend, label=component.label)
+    filler = Filler(model, names, target.dtype, target.device, component.label)
+    if plan is None:
+        fill_from_shards(filler, component.shards)
+    else:
+        with Engine(target.device, workers=max(1, (os.cpu_count() or 2) - 1), readers=8) as engine:
+            fill_from_stream(filler, plan.shards, engine, input_scales)
+    filler.finish()
+    _warn_of_unexpected(component, filler.unexpected)
+    problem = check_record(root, component, fp8) if plan is None else None
+    _refuse(component, problem or _plain_linear(model, fp8, names), target.strict)
+    _adopt(model, component, root, fp8, names)
+    return model
+
+
+def _keys(component: Component, plan: ComponentPlan | None) -> list[str]:
+    """The tensors that the model is filled from, by checkpoint name."""
+    if plan is None:
+        return [tensor.name for tensor in component.tensors]
+    return [output.name for shard in plan.shards for output in shard.schedule.outputs]
+
+
+def _warn_of_unexpected(component: Component, unexpected: list[str]) -> None:
+    if unexpected:
+        logger.warning(
+            "%s: %d tensors of the checkpoint belong to no module, such as %s",
+            component.label,
+            len(unexpected),
+            unexpected[0],
+        )
+
+
+def _plain_linear(model: nn.Module, fp8: Fp8Modules, names: Mapping[str, str]) -> str | None:
+    """A linear that config.json does not ignore and that is not FP8, as a clause; None if there is none."""
+    if not fp8.config or not fp8.modules:
+        return None
+    listed = set(fp8.config.get("ignored_layers") or ())
+    parts = dict(model.named_modules())
+    for key, own in names.items():
+        module = parts.get(own.removesuffix(layout.WEIGHT)) if own.endswith(layout.WEIGHT) else None
+        name = key.removesuffix(layout.WEIGHT)
+        if isinstance(module, nn.Linear) and not isinstance(module, Fp8Weight) and name not in listed:
+            return f"config.json does not ignore {name}, but its weight is not FP8"
+    return None
+
+
+def _refuse(component: Component, problem: str | None, strict: bool) -> None:
+    if problem is None:
+        return
+    message = f"{component.label} is not what it promises: {problem}; convert the snapshot again."
+    if strict:
+        raise LoadError(message + " strict=False loads it all the same.")
+    logger.warning("%s", message)
+
+
+def _adopt(model: Any, component: Component, root: Path, fp8: Fp8Modules, names: Mapping[str, str]) -> None:
+    """Give the model its config, generation settings and quantizer, as `from_pretrained` does."""
+    folder = str(root / component.name) if component.name else str(root)
+    quantizer: Fp8DiffusersQuantizer | Fp8TransformersQuantizer
+    if component.library == "diffusers":
+        quantizer = Fp8DiffusersQuantizer(Fp8Config(**fp8.config))
+        model.register_to_config(_name_or_path=folder)
+    else:
+        quantizer = Fp8TransformersQuantizer(Fp8Config(**fp8.config))
+        model.name_or_path = folder
+        _generation_config(model, folder)
+    quantizer.fp8 = fp8
+    quantizer.names = {module: names[module + layout.WEIGHT].removesuffix(layout.WEIGHT) for module in fp8.modules}
+    quantizer.attach(model)
+
+
+def _generation_config(model: Any, folder: str) -> None:
+    if hasattr(model, "can_generate") and model.can_generate() and Path(folder, "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        except Exception as error:  # whatever transformers raises for a file it cannot use
+            raise LoadError(
+                f"generation_config.json in {folder} cannot be used ({one_line(error)}); download it again."
+            ) from error
