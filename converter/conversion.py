@@ -54,7 +54,7 @@ class Result:
         return one_line(self, self._summary)
 
     def _repr_html_(self) -> str:
-        from .plan.plan import plan_html
+        from .plan.showing import plan_html
 
         return plan_html(self.plan, self._summary)
 
@@ -112,7 +112,7 @@ def plan_conversion(
     if headline := _headline(files, own.name if own else None):
         (progress or Silent()).say(headline)
     # Only now, since it imports PyTorch: what is begun was said.
-    from .plan.plan import make_plan
+    from .plan.planning import make_plan
     from .plan.scales import read_input_scales
 
     snapshot = describe_source(files, options)
@@ -201,15 +201,8 @@ def convert(
     if digest is None:
         from .output.run import run
 
-        plan, digest, resumed = run(
-            plan,
-            output,
-            device=device,
-            workers=workers,
-            stream=stream,
-            force=force,
-            options=options,
-            progress=progress,
+        digest, resumed = run(
+            plan, output, device=device, workers=workers, stream=stream, force=force, progress=progress
         )
     progress.say(
         f"commit {plan.snapshot.commit or 'none (a folder)'}, recipe {plan.recipe.sha256()}, snapshot {digest}"
@@ -241,9 +234,9 @@ def _finished_already(plan: Plan, output: Path, check: bool, progress: Progress)
     Raises ConvertError for a finished snapshot that is another one, or damaged.
     """
     from .finished import check_finished
+    from .output.journal import journalled_key
     from .output.record import check_record, read_record
     from .output.run import conversion_key
-    from .output.target import journalled_key
 
     if journalled_key(output) == conversion_key(plan):
         return None  # this conversion was interrupted when all but the record's name was done: finish it

@@ -207,7 +207,7 @@ def _check_structure(root: Path, record: Mapping[str, Any], found: list[Finding]
 def _readable_shards(files: LocalFiles, record: Mapping[str, Any]) -> Iterator[Shard]:
     for path, entry in record["shards"].items():
         try:
-            yield Shard(path, entry["size"], files.header(path), files.local(path))
+            yield Shard(path, entry["size"], files.header(path))
         except ConvertError:  # found by its digest, or by what describing the snapshot met
             continue
 

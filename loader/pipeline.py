@@ -17,8 +17,9 @@ from torch import nn
 from ..converter.format import layout
 from ..converter.output.record import read_record
 from ..converter.snapshot.access import SourceOptions
-from ..converter.snapshot.source import Component, Snapshot
-from ..converter.stream.shard_stream import Engine
+from ..converter.snapshot.source import Component, LocalFiles, Snapshot
+from ..converter.stream.engine import Engine
+from ..converter.stream.supply import FolderSupply
 from ..converter.telling.errors import LoadError
 from .arguments import choose_device, choose_dtype, without_habits
 from .assemble import accepted_arguments, assemble, pipeline_class
@@ -181,7 +182,7 @@ def _fetch(
         raise LoadError(
             f"No component of {snapshot.label} has weights of the variant {options.variant!r}; correct or drop it."
         )
-    snapshot, root = fetched(snapshot, options, recorded=verify)
+    snapshot, root = fetched(snapshot, recorded=verify)
     if verify:
         check_digests(root)
     return snapshot, root
@@ -259,7 +260,7 @@ def _load(
     """Builds the component, installs its FP8 layers, fills everything from its files and checks the
     outcome.
     """
-    plan, input_scales = planned.get(component.name, (None, {}))
+    plan, supply = planned.get(component.name), FolderSupply(LocalFiles(root))
     fp8 = fp8_modules(component) if plan is None else planned_modules(plan)
     keys = (
         [t.name for t in component.tensors]
@@ -279,10 +280,10 @@ def _load(
     )
     filler = Filler(model, names, dtype, device, component.label)
     if plan is None:
-        fill_from_shards(filler, component.shards)
+        fill_from_shards(filler, component.shards, supply)
     else:
         with Engine(device, workers=max(1, (os.cpu_count() or 2) - 1), readers=8) as engine:
-            fill_from_stream(filler, plan.shards, engine, input_scales)
+            fill_from_stream(filler, plan, supply, engine)
     filler.finish()
     _check(model, component, root, fp8, names, strict, filler.unexpected, plan is None)
     _adopt(model, component, root, fp8, names)

@@ -23,10 +23,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..converter.format import layout
 from ..converter.format.header import read_header
 from ..converter.plan.manifest import choose_manifest
-from ..converter.plan.plan import ComponentPlan, make_plan
+from ..converter.plan.plan import ComponentPlan
+from ..converter.plan.planning import make_plan
 from ..converter.plan.recipe import Recipe
 from ..converter.snapshot.source import CONFIG, MODEL_INDEX, Component, LocalFiles, Shard, Snapshot, read_json
-from ..converter.stream.shard_stream import Engine, measure, stream_shard
+from ..converter.stream.component_stream import convert_component
+from ..converter.stream.engine import Engine
+from ..converter.stream.supply import FolderSupply
 from ..converter.telling.errors import LoadError
 from .build import install_all, tensor_names
 from .checkpoint import Fp8Modules, check_scale, fp8_modules
@@ -124,7 +127,7 @@ class Fp8DiffusersQuantizer(_Saving, DiffusersQuantizer):  # type: ignore[misc]
         self._dtype = torch.bfloat16
         self._component: Component | None = None
         self._plan: ComponentPlan | None = None
-        self._input_scales: Mapping[str, float] = {}
+        self._folder = Path()
         self._waiting: set[str] = set()
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
@@ -137,12 +140,12 @@ class Fp8DiffusersQuantizer(_Saving, DiffusersQuantizer):  # type: ignore[misc]
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         """The only sight of the files before modules are swapped: what is FP8 in them, or is to be."""
-        component, folder = _component_of([Path(f) for f in checkpoint_files], self.quantization_config)
+        component, self._folder = _component_of([Path(f) for f in checkpoint_files], self.quantization_config)
         self._component = component
         if self.pre_quantized:
             self.fp8 = fp8_modules(component)
         else:
-            self._plan, self._input_scales = _plan_of(component, folder, self.quantization_config)
+            self._plan = _plan_of(component, self._folder, self.quantization_config)
             self.fp8 = planned_modules(self._plan)
         return loaded_keys
 
@@ -214,12 +217,10 @@ class Fp8DiffusersQuantizer(_Saving, DiffusersQuantizer):  # type: ignore[misc]
     def _convert_into(self, model: nn.Module) -> None:
         assert self._plan is not None
         devices = {model.get_submodule(name).codes.device for name in self.names.values()}
+        supply = FolderSupply(_ChosenFiles(self._folder))
         with Engine(next((d for d in devices if d.type == "cuda"), torch.device("cpu"))) as engine:
-            amaxes: dict[str, float] = {}
-            for shard in self._plan.shards:
-                if wanted := [group for group in shard.schedule.measured if group not in amaxes]:
-                    amaxes |= measure(self._plan.shards, wanted, engine)
-                for chunk in stream_shard(shard, engine, amaxes=amaxes, input_scales=self._input_scales):
+            for stream in convert_component(self._plan, supply, engine):
+                for chunk in stream.chunks:
                     path, _, leaf = chunk.name.rpartition(".")
                     if path in self.names and leaf != "bias":
                         held = getattr(model.get_submodule(self.names[path]), leaf)
@@ -296,19 +297,26 @@ def planned_modules(plan: ComponentPlan) -> Fp8Modules:
     return Fp8Modules(modules, (plan.config or {}).get(layout.CONFIG_KEY) or {})
 
 
+class _ChosenFiles(LocalFiles):
+    """The files that diffusers chose and reads itself, wherever they link to."""
+
+    def local(self, path: str) -> Path:
+        return self.root / path
+
+
 def _component_of(files: list[Path], config: Fp8Config) -> tuple[Component, Path]:
     """The component that exactly `files` make up, as its folder and the pipeline around it describe it."""
     folder = files[0].parent
     local = LocalFiles(folder)
     settings = read_json(local, CONFIG) if (folder / CONFIG).is_file() else {}
     settings[layout.CONFIG_KEY] = config.to_dict()
-    shards = tuple(Shard(f.name, f.stat().st_size, read_header(f, f"{f.name} in {folder}"), f) for f in sorted(files))
+    shards = tuple(Shard(f.name, f.stat().st_size, read_header(f, f"{f.name} in {folder}")) for f in sorted(files))
     name = folder.name if (folder.parent / MODEL_INDEX).is_file() else ""
     class_name = settings.get("_class_name")
     return Component(name, "diffusers", class_name, settings, files[0].name.split(".")[0], shards, None), folder
 
 
-def _plan_of(component: Component, folder: Path, config: Fp8Config) -> tuple[ComponentPlan, Mapping[str, float]]:
+def _plan_of(component: Component, folder: Path, config: Fp8Config) -> ComponentPlan:
     """The plan for one original component, by the manifest that its whole pipeline would get."""
     pipeline, classes = None, {component.name: component.class_name}
     if component.name:
@@ -327,8 +335,7 @@ def _plan_of(component: Component, folder: Path, config: Fp8Config) -> tuple[Com
     )
     # No pipeline: the manifest is not to miss the other components.
     snapshot = Snapshot(str(folder), None, None, None, (component,), (), LocalFiles(folder))
-    plan = make_plan(snapshot, recipe)
-    return plan.components[0], plan.input_scales
+    return make_plan(snapshot, recipe).components[0]
 
 
 def register() -> None:

@@ -11,7 +11,8 @@ from typing import Any
 from ..converter.format import layout
 from ..converter.plan.manifest import choose_manifest, load_manifest
 from ..converter.plan.pattern import matches
-from ..converter.plan.plan import ComponentPlan, make_plan
+from ..converter.plan.plan import ComponentPlan
+from ..converter.plan.planning import make_plan
 from ..converter.plan.recipe import Recipe
 from ..converter.plan.scales import read_input_scales
 from ..converter.snapshot.source import Component, Snapshot
@@ -20,7 +21,7 @@ from .checkpoint import fp8_modules, is_converted, record_of
 from .config import config_problem
 
 Settings = Mapping[str, Mapping[str, Any] | None]
-Planned = Mapping[str, tuple[ComponentPlan, Mapping[str, float]]]
+Planned = Mapping[str, ComponentPlan]
 
 _KEYS = ("method", "ignored_layers", "activation_scheme", "weight_block_size", "input_scales")
 
@@ -72,7 +73,7 @@ def plan_for(snapshot: Snapshot, settings: Settings | None, manifest: str | None
         return {}
     classes = {c.name: c.class_name for c in snapshot.components}
     rules = load_manifest(manifest) if manifest else choose_manifest(snapshot.repo, snapshot.pipeline, classes)
-    planned: dict[str, tuple[ComponentPlan, Mapping[str, float]]] = {}
+    planned: dict[str, ComponentPlan] = {}
     for name, wanted in settings.items():
         if wanted is None:
             continue
@@ -90,7 +91,7 @@ def plan_for(snapshot: Snapshot, settings: Settings | None, manifest: str | None
         plan = make_plan(snapshot, recipe)
         for part in plan.components:
             if part.rules is not None and (not name or part.source.name == name):
-                planned[part.source.name] = (part, plan.input_scales)
+                planned[part.source.name] = part
     return planned
 
 

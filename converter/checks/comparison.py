@@ -17,10 +17,10 @@ import numpy as np
 
 from ..format import layout
 from ..format.header import read_header
+from ..output.journal import Done
 from ..output.record import SEAL, make_record
-from ..output.target import Done
 from ..plan.manifest import Manifest, load_manifest, shipped
-from ..plan.plan import make_plan
+from ..plan.planning import make_plan
 from ..plan.recipe import Recipe, recipe_sha256
 from ..snapshot.access import SourceOptions
 from ..snapshot.locate import fetch, local_folder, open_source
@@ -55,7 +55,7 @@ def open_original(
     stated = recorded_classes(record)
     given = {c.name: c.class_name for c in snapshot.components}
     if stated == given:
-        return fetch(snapshot, options)
+        return fetch(snapshot)
     if "" in stated and "" not in given:
         alike = " or ".join(n for n, class_name in given.items() if class_name == stated[""])
         raise ConvertError(

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..format import layout
 from ..format.untrusted import parse_json, read_whole
-from ..plan.plan import ComponentPlan, Plan, Row, rows
+from ..plan.plan import ComponentPlan, Plan
 from ..plan.recipe import tool_version
+from ..plan.showing import Row, rows
 from ..telling.errors import ConvertError
 
 if TYPE_CHECKING:
-    from .target import Done
+    from .journal import Done
 
 SEAL = "record_sha256"
 

@@ -25,7 +25,8 @@ import torch
 from fp8_convert.converter.conversion import plan_conversion
 from fp8_convert.converter.plan.manifest import shipped
 from fp8_convert.converter.plan.pattern import matches
-from fp8_convert.converter.plan.plan import ComponentPlan, Plan, rows
+from fp8_convert.converter.plan.plan import ComponentPlan, Plan
+from fp8_convert.converter.plan.showing import rows
 from fp8_convert.converter.snapshot.modules import build_on_meta, checkpoint_to_module_names, quiet_libraries
 
 GOLDEN = Path(__file__).with_name("golden_manifests.json")
