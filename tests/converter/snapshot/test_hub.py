@@ -29,6 +29,8 @@ from fp8_convert.converter import ConvertError, ResumableError, convert, plan_co
 from fp8_convert.converter.cli.commands import main
 from fp8_convert.converter.demo import build_tiny_pipeline
 from fp8_convert.converter.output.run import run
+from fp8_convert.converter.plan import planning
+from fp8_convert.converter.snapshot import locate
 from fp8_convert.converter.snapshot.access import SourceOptions
 from fp8_convert.converter.snapshot.hub import HubFiles, translated
 from fp8_convert.converter.snapshot.locate import describe_source, open_files
@@ -68,6 +70,29 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def weight_bytes(folder: Path) -> int:
     return sum(c.stat().st_size for c in folder.glob("*/*.safetensors") if ".fp16." not in c.name)
+
+
+def test_an_id_is_described_and_planned_once(
+    hub: HubServer, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add_repo(REPO, tiny)
+    calls: list[str] = []
+    for module, name in ((locate, "describe"), (planning, "make_plan"), (planning, "module_map")):
+        counted = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, n=name, f=counted, **k: (calls.append(n), f(*a, **k))[1])
+    convert(REPO, tmp_path / "out")
+    assert calls.count("describe") == calls.count("make_plan") == 1
+    assert calls.count("module_map") == 2  # transformer and text_encoder, each built once
+
+
+def test_a_download_that_is_cut_short_is_refused_before_the_work(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
+    hub.add_repo(REPO, tiny)
+    convert(REPO, tmp_path / "out")
+    (weights,) = (tmp_path / "home").rglob("snapshots/*/transformer/*.safetensors")
+    os.truncate(weights.resolve(), weights.stat().st_size - 4)
+    with pytest.raises(ConvertError, match=r"transformer/diffusion_pytorch_model\.safetensors in .* is truncated"):
+        convert(REPO, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 def test_by_id_equals_by_folder(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
@@ -317,6 +342,8 @@ def test_a_component_s_folder_in_the_hub_cache_is_a_source(hub: HubServer, tiny:
 
 _FETCH = """
 import sys
+from fp8_convert.converter.plan import planning
+from fp8_convert.converter.snapshot import locate
 from fp8_convert.converter.snapshot.access import SourceOptions
 from fp8_convert.converter.snapshot.locate import fetch, open_source
 options = SourceOptions(cache_dir=sys.argv[2], quiet="quiet" in sys.argv)
