@@ -39,6 +39,7 @@ def limit(source: Path, output: Path, **options: Any) -> Run:
     """The same pipeline with the conversion off: same reads, hashes, copies, writes and re-reads; no arithmetic."""
     import numpy as np
 
+    from fp8_convert.converter.stream import measuring
     from fp8_convert.converter.stream import shard_stream as stream
 
     def no_codes(x: Any, scale: Any, out: Any = None) -> Any:
@@ -48,7 +49,7 @@ def limit(source: Path, output: Path, **options: Any) -> Run:
         rows, columns = (-(-size // edge) for size, edge in zip(x.shape, block, strict=True))
         return no_codes(x.view(-1), 1), np.ones((rows, columns), np.float32), True
 
-    stream.amax = lambda x: 1.0
+    stream.amax = measuring.amax = lambda x: 1.0
     stream.quantize_tensor = no_codes
     stream.quantize_blocks = no_blocks
     return ours(source, output, **options)

@@ -54,7 +54,7 @@ class Result:
         return one_line(self, self._summary)
 
     def _repr_html_(self) -> str:
-        from .plan.plan import plan_html
+        from .plan.showing import plan_html
 
         return plan_html(self.plan, self._summary)
 
@@ -178,7 +178,7 @@ def convert_with(
     if digest is None:
         from .output.run import run
 
-        plan, digest, resumed = run(plan, output, work, access, progress)
+        digest, resumed = run(plan, output, work, progress)
     progress.say(
         f"commit {plan.snapshot.commit or 'none (a folder)'}, recipe {plan.recipe.sha256()}, snapshot {digest}"
     )
@@ -201,7 +201,7 @@ def _plan(source: str | os.PathLike[str], settings: Settings, access: HubAccess,
     if headline := _headline(files, own.name if own else None):
         progress.say(headline)
     # Only now, since it imports PyTorch: what is begun was said.
-    from .plan.plan import make_plan
+    from .plan.planning import make_plan
 
     snapshot = describe_source(files, access)
     return make_plan(snapshot, settings.resolve(snapshot, own))
@@ -221,9 +221,9 @@ def _finished_already(plan: Plan, output: Path, check: bool, progress: Progress)
     Raises ConvertError for a finished snapshot that is another one, or damaged.
     """
     from .finished import check_finished
+    from .output.journal import journalled_key
     from .output.record import check_record, load_record
     from .output.run import conversion_key
-    from .output.target import journalled_key
 
     if journalled_key(output) == conversion_key(plan):
         return None  # this conversion was interrupted when all but the record's name was done: finish it

@@ -13,7 +13,7 @@ from .format.record import Record
 from .output.writing import file_sha256
 from .plan.plan import Plan
 from .plan.recipe import tool_version
-from .snapshot.source import Shard, content_sha256
+from .snapshot.source import Files, content_sha256
 from .stream.reading import open_for_reading
 from .telling.errors import ConvertError
 from .telling.progress import Progress
@@ -67,7 +67,7 @@ def _source_differences(record: Record, plan: Plan, progress: Progress) -> Itera
     progress.start(plan.bytes_to_read)
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1), "fp8-hash") as threads:
         both = sorted(stated.keys() & shards.keys())
-        for path, sha256 in zip(both, threads.map(lambda path: _sha256(shards[path]), both), strict=True):
+        for path, sha256 in zip(both, threads.map(lambda path: _sha256(snapshot.files, path), both), strict=True):
             progress.advance(shards[path].size)
             if sha256 != stated[path].source_sha256:
                 yield f"its source's {path} has changed"
@@ -78,9 +78,10 @@ def _source_differences(record: Record, plan: Plan, progress: Progress) -> Itera
             yield f"its source's {path} has changed"
 
 
-def _sha256(shard: Shard) -> str:
-    assert shard.local is not None
-    fd = open_for_reading(shard.local, shard.path)
+def _sha256(files: Files, path: str) -> str:
+    local = files.local(path)
+    assert local is not None
+    fd = open_for_reading(local, path)
     try:
         return file_sha256(fd)
     finally:

@@ -164,7 +164,7 @@ def _inspect_file(path: Path) -> Inspection:
     if path.suffix != ".safetensors":
         raise ConvertError(f"{path} is no .safetensors file; give one, or the folder of a snapshot.")
     header = read_header(path, str(path))
-    shard = Shard(path.name, header.file_size, header, path)
+    shard = Shard(path.name, header.file_size, header)
     component = Component("", "", None, {}, path.stem, (shard,), None)
     view = _view(component, None, alone=True)
     return Inspection(str(path), _tool(None, [component]), None, (view,))

@@ -20,8 +20,8 @@ from ..converter.output.record import load_record
 from ..converter.snapshot.access import HubAccess
 from ..converter.snapshot.fp8 import Fault, read_fp8
 from ..converter.snapshot.hub import HubFiles, download
-from ..converter.snapshot.locate import find_snapshot
-from ..converter.snapshot.source import CONFIG, Component, LocalFiles, Snapshot, describe, needed_files
+from ..converter.snapshot.locate import fetch, find_snapshot
+from ..converter.snapshot.source import CONFIG, Component, LocalFiles, Snapshot
 from ..converter.telling.errors import LoadError
 from .config import METHODS, config_problem
 
@@ -83,21 +83,17 @@ def open_snapshot(source: str | os.PathLike[str], options: HubAccess) -> Snapsho
     return find_snapshot(source, options, allow_converted=True)
 
 
-def fetched(snapshot: Snapshot, options: HubAccess, *, recorded: bool = False) -> tuple[Snapshot, Path]:
+def fetched(snapshot: Snapshot, *, recorded: bool = False) -> tuple[Snapshot, Path]:
     """The snapshot with its files on this machine, and the folder they are in.
 
     recorded: also the files that only the record lists, as checking its digests needs them.
     """
-    files = snapshot.files
-    if isinstance(files, HubFiles):
-        wanted = {*needed_files(snapshot), *({layout.RECORD_FILE} & set(files.sizes()))}
-        if recorded and (record := record_of(snapshot)) is not None:
-            wanted |= set(record.files) & set(files.sizes())
-        local = download(files, sorted(wanted))
-        snapshot = describe(local, variant=options.variant, allow_converted=True)
-        files = local
-    assert isinstance(files, LocalFiles)
-    return snapshot, files.root
+    also = {layout.RECORD_FILE}
+    if recorded and snapshot.files.remote and (record := record_of(snapshot)) is not None:
+        also |= set(record.files)
+    snapshot = fetch(snapshot, also & set(snapshot.files.sizes()))
+    assert isinstance(snapshot.files, LocalFiles)
+    return snapshot, snapshot.files.root
 
 
 def record_of(snapshot: Snapshot) -> Record | None:

@@ -12,8 +12,9 @@ from torch import nn
 
 from ..converter.format import layout
 from ..converter.plan.plan import ComponentPlan
-from ..converter.snapshot.source import Component
-from ..converter.stream.shard_stream import Engine
+from ..converter.snapshot.source import Component, LocalFiles
+from ..converter.stream.engine import Engine
+from ..converter.stream.supply import FolderSupply
 from ..converter.telling.errors import LoadError
 from .backend import Backend
 from .build import build, install_all, tensor_names
@@ -45,17 +46,17 @@ class Target:
 
 def load(component: Component, root: Path, planned: Planned, target: Target) -> nn.Module:
     """Load a component of the snapshot in `root`; one that is `planned` is converted on its way. Raises LoadError."""
-    plan, input_scales = planned.get(component.name, (None, {}))
+    plan, supply = planned.get(component.name), FolderSupply(LocalFiles(root))
     fp8 = fp8_modules(component) if plan is None else planned_modules(plan)
     model = build(component, target.dtype)
     names = tensor_names(model, _keys(component, plan), fp8.modules)
     install_all(model, fp8, names, dtype=target.dtype, backend=target.backend, label=component.label)
     filler = Filler(model, names, target.dtype, target.device, component.label)
     if plan is None:
-        fill_from_shards(filler, component.shards)
+        fill_from_shards(filler, component.shards, supply)
     else:
         with Engine(target.device, workers=max(1, (os.cpu_count() or 2) - 1), readers=8) as engine:
-            fill_from_stream(filler, plan.shards, engine, input_scales)
+            fill_from_stream(filler, plan, supply, engine)
     filler.finish()
     _warn_of_unexpected(component, filler.unexpected)
     problem = check_record(root, component, fp8) if plan is None else None

@@ -4,7 +4,6 @@ A converted DiT or VAE loads through `from_pretrained`, and an original one conv
 `quantization_config=Fp8Config(...)`. Both give the modules and bytes that `load_pipeline` gives.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,13 @@ from torch import Tensor, nn
 from ..converter.format import layout
 from ..converter.plan.plan import ComponentPlan
 from ..converter.snapshot.source import Component
-from ..converter.stream.shard_stream import Engine, measure, stream_shard
+from ..converter.stream.component_stream import convert_component
+from ..converter.stream.engine import Engine
+from ..converter.stream.supply import FolderSupply
 from .build import install_all, tensor_names
 from .checkpoint import Fp8Modules, check_scale, fp8_modules
 from .fp8_config import Fp8Config
-from .original import component_of, plan_of, planned_modules
+from .original import ChosenFiles, component_of, plan_of, planned_modules
 from .saving import saved_state
 from .weights import Fp8Weight
 
@@ -40,7 +41,7 @@ class Fp8DiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self._dtype = torch.bfloat16
         self._component: Component | None = None
         self._plan: ComponentPlan | None = None
-        self._input_scales: Mapping[str, float] = {}
+        self._folder = Path()
         self._waiting: set[str] = set()
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
@@ -53,12 +54,12 @@ class Fp8DiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         """The only sight of the files before modules are swapped: what is FP8 in them, or is to be."""
-        component, folder = component_of([Path(f) for f in checkpoint_files], self.quantization_config)
+        component, self._folder = component_of([Path(f) for f in checkpoint_files], self.quantization_config)
         self._component = component
         if self.pre_quantized:
             self.fp8 = fp8_modules(component)
         else:
-            self._plan, self._input_scales = plan_of(component, folder, self.quantization_config)
+            self._plan = plan_of(component, self._folder, self.quantization_config)
             self.fp8 = planned_modules(self._plan)
         return loaded_keys
 
@@ -120,12 +121,10 @@ class Fp8DiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def _convert_into(self, model: nn.Module) -> None:
         assert self._plan is not None
         devices = {model.get_submodule(name).codes.device for name in self.names.values()}
+        supply = FolderSupply(ChosenFiles(self._folder))
         with Engine(next((d for d in devices if d.type == "cuda"), torch.device("cpu"))) as engine:
-            amaxes: dict[str, float] = {}
-            for shard in self._plan.shards:
-                if wanted := [group for group in shard.schedule.measured if group not in amaxes]:
-                    amaxes |= measure(self._plan.shards, wanted, engine)
-                for chunk in stream_shard(shard, engine, amaxes=amaxes, input_scales=self._input_scales):
+            for stream in convert_component(self._plan, supply, engine):
+                for chunk in stream.chunks:
                     path, _, leaf = chunk.name.rpartition(".")
                     if path in self.names and leaf != "bias":
                         held = getattr(model.get_submodule(self.names[path]), leaf)

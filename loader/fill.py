@@ -7,7 +7,7 @@ one's go through the converter's stream, which hands out the same bytes that it 
 
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ..converter.format.header import TensorInfo
-from ..converter.plan.plan import ShardPlan
+from ..converter.plan.plan import ComponentPlan
 from ..converter.snapshot.source import Shard
+from ..converter.stream.component_stream import convert_component
+from ..converter.stream.engine import Engine
 from ..converter.stream.reading import BufferPool, Span, SpanReader, open_for_reading, read_exactly
-from ..converter.stream.shard_stream import Engine, measure, stream_shard
+from ..converter.stream.supply import Supply
 from ..converter.telling.errors import LoadError
 from .build import target_dtype
 from .checkpoint import check_scale
@@ -28,7 +30,7 @@ from .weights import SCALES, Fp8Weight
 SPAN_BYTES = 64 * 1024 * 1024
 _SPANS = 12  # pinned buffers: eight being read, the others on their way to the device
 _THREADS = 8
-_PIECE_BYTES = 16 * 1024 * 1024
+_READ_BYTES = 16 * 1024 * 1024
 _DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "BOOL": torch.bool,
     "F8_E4M3": torch.int8, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
@@ -38,7 +40,7 @@ _DTYPES = {
 
 @dataclass
 class _Arriving:
-    """A tensor that is on its way: `memory` is uint8, or of the final dtype where pieces are cast as they come."""
+    """A tensor that is on its way: `memory` is uint8, or of the final dtype where chunks are cast as they come."""
 
     info: TensorInfo
     memory: Tensor
@@ -90,14 +92,14 @@ class Filler:
         memory = self.memory(info)
         if memory is not None:
             if data.device != memory.device and data.device.type == "cpu" and self._is_scale(info):
-                # A piece may end within a number, so the bytes are gathered and checked once all are there.
+                # A chunk may end within a number, so the bytes are gathered and checked once all are there.
                 host = self._host_scales.setdefault(info.name, bytearray(info.nbytes))
                 host[offset : offset + data.numel()] = data.numpy().data
             memory[offset : offset + data.numel()].copy_(data, non_blocking=non_blocking)
             self.wrote(info.name, data.numel())
 
     def write_cast(self, info: TensorInfo, offset: int, data: Tensor) -> None:
-        """As `write`, for pieces that hold whole elements: they are cast to the final dtype one by one, so that a
+        """As `write`, for chunks that hold whole elements: they are cast to the final dtype one by one, so that a
         tensor never exists in both dtypes.
         """
         final = self._final_dtype(info)
@@ -180,36 +182,30 @@ class Filler:
             part._buffers[leaf] = tensor
 
 
-def fill_from_shards(filler: Filler, shards: tuple[Shard, ...]) -> None:
+def fill_from_shards(filler: Filler, shards: Iterable[Shard], supply: Supply) -> None:
     """Reads every tensor of the shards as it is."""
     if filler.device.type == "cpu":
-        _read_in_place(filler, shards)
+        _read_in_place(filler, shards, supply)
     else:
-        _read_through_pinned(filler, shards)
+        _read_through_pinned(filler, shards, supply)
 
 
-def fill_from_stream(
-    filler: Filler, shards: tuple[ShardPlan, ...], engine: Engine, input_scales: Mapping[str, float]
-) -> None:
-    """Converts the shards on the way in; the bytes are those of the offline conversion."""
-    amaxes: dict[str, float] = {}
-    for shard in shards:
-        if wanted := [group for group in shard.schedule.measured if group not in amaxes]:
-            amaxes |= measure(shards, wanted, engine)
-        infos = {info.name: info for info in shard.schedule.outputs}
+def fill_from_stream(filler: Filler, plan: ComponentPlan, supply: Supply, engine: Engine) -> None:
+    """Converts the component on the way in; the bytes are those of the offline conversion."""
+    for stream in convert_component(plan, supply, engine):
+        infos = {info.name: info for info in stream.plan.schedule.outputs}
         for info in infos.values():
             if not info.nbytes:
                 filler.write(info, 0, torch.empty(0, dtype=torch.uint8))
-        for chunk in stream_shard(shard, engine, amaxes=amaxes, input_scales=input_scales):
+        for chunk in stream.chunks:
             filler.write_cast(infos[chunk.name], chunk.offset, chunk.data)
 
 
-def _read_in_place(filler: Filler, shards: tuple[Shard, ...]) -> None:
+def _read_in_place(filler: Filler, shards: Iterable[Shard], supply: Supply) -> None:
     """CPU: straight from the file into the parameter's memory."""
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), "fp8-load") as executor:
         for shard in shards:
-            assert shard.local is not None
-            fd = open_for_reading(shard.local, shard.path)
+            fd = open_for_reading(supply.open(shard).path, shard.path)
             try:
                 reads = []
                 for info in shard.header.tensors:
@@ -217,8 +213,8 @@ def _read_in_place(filler: Filler, shards: tuple[Shard, ...]) -> None:
                     if memory is None:
                         continue
                     start = shard.header.data_start + info.start
-                    for offset in range(0, info.nbytes, _PIECE_BYTES):
-                        view = memoryview(memory.numpy().data)[offset : offset + _PIECE_BYTES]
+                    for offset in range(0, info.nbytes, _READ_BYTES):
+                        view = memoryview(memory.numpy().data)[offset : offset + _READ_BYTES]
                         reads.append(executor.submit(read_exactly, fd, view, start + offset, shard.path))
                 for read in reads:
                     read.result()
@@ -229,15 +225,14 @@ def _read_in_place(filler: Filler, shards: tuple[Shard, ...]) -> None:
                 os.close(fd)
 
 
-def _read_through_pinned(filler: Filler, shards: tuple[Shard, ...]) -> None:
+def _read_through_pinned(filler: Filler, shards: Iterable[Shard], supply: Supply) -> None:
     """CUDA: threads read spans into pinned buffers, from which they are copied while others are read."""
     pool = BufferPool(pinned=True)
     pool.configure(SPAN_BYTES, _SPANS)
     for shard in shards:
-        assert shard.local is not None
         first, last = shard.header.data_start, shard.header.file_size
         spans = [(start, min(start + SPAN_BYTES, last)) for start in range(first, last, SPAN_BYTES)]
-        fd = open_for_reading(shard.local, shard.path)
+        fd = open_for_reading(supply.open(shard).path, shard.path)
         try:
             reader = SpanReader(fd, spans, pool, where=shard.path, threads=_THREADS, drop_behind=False)
             with closing(reader):
@@ -247,8 +242,8 @@ def _read_through_pinned(filler: Filler, shards: tuple[Shard, ...]) -> None:
                         _release(copying)
                     span = reader.next()
                     for info, low, high in _overlapping(shard, start - first, stop - first):
-                        piece = span.data[low - (start - first) : high - (start - first)]
-                        filler.write(info, low - info.start, piece, non_blocking=True)
+                        data = span.data[low - (start - first) : high - (start - first)]
+                        filler.write(info, low - info.start, data, non_blocking=True)
                     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                     event.record(torch.cuda.current_stream(filler.device))
                     copying.append((event, span))

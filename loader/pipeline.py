@@ -172,7 +172,7 @@ def _fetch(snapshot: Snapshot, wanted: Wanted | None, access: HubAccess, verify:
         raise LoadError(
             f"No component of {snapshot.label} has weights of the variant {access.variant!r}; correct or drop it."
         )
-    snapshot, root = fetched(snapshot, access, recorded=verify)
+    snapshot, root = fetched(snapshot, recorded=verify)
     if verify:
         check_digests(root)
     return snapshot, root

@@ -12,14 +12,15 @@ from ..converter.format import layout
 from ..converter.plan.decide import check_patterns, expand_aliases
 from ..converter.plan.manifest import FusionGroup, choose_manifest, load_manifest, shipped
 from ..converter.plan.pattern import matches
-from ..converter.plan.plan import ComponentPlan, make_plan
+from ..converter.plan.plan import ComponentPlan
+from ..converter.plan.planning import make_plan
 from ..converter.plan.settings import Settings
 from ..converter.snapshot.source import Component, Snapshot
 from ..converter.telling.errors import LoadError, SettingsError
 from .checkpoint import Fp8Modules, fp8_modules, is_converted, record_of
 
 Wanted = Mapping[str, Settings | None]  # by component, "" for all that are not named; None keeps one as it is
-Planned = Mapping[str, tuple[ComponentPlan, Mapping[str, float]]]
+Planned = Mapping[str, ComponentPlan]
 
 _KEYS = ("method", "ignored_layers", "activation_scheme", "weight_block_size", "input_scales")
 _OF_DITS = ("ignored_layers", "activation_scheme", "weight_block_size", "input_scales")
@@ -126,14 +127,14 @@ class Request:
 
 def plan_for(snapshot: Snapshot, wanted: Wanted | None) -> Planned:
     """The plans of the components that are to be converted while they load; empty for a converted snapshot."""
-    planned: dict[str, tuple[ComponentPlan, Mapping[str, float]]] = {}
+    planned: dict[str, ComponentPlan] = {}
     for name, settings in (wanted or {}).items():
         if settings is None:
             continue
         plan = make_plan(snapshot, replace(settings, components=(name,) if name else ()).resolve(snapshot))
         for part in plan.components:
             if part.rules is not None and (not name or part.source.name == name):
-                planned[part.source.name] = (part, plan.input_scales)
+                planned[part.source.name] = part
     return planned
 
 

@@ -11,9 +11,16 @@ from hypothesis import strategies as st
 
 from fp8_convert.converter.format.header import TensorInfo, read_header
 from fp8_convert.converter.format.layout import STORAGE, W8A8, WeightFormat
+from fp8_convert.converter.output.run import run
+from fp8_convert.converter.plan.component import plan_shard
 from fp8_convert.converter.plan.decide import Decision, PlannedTensor
-from fp8_convert.converter.plan.plan import ShardPlan, _plan_shard
-from fp8_convert.converter.snapshot.source import Component, Shard
+from fp8_convert.converter.plan.manifest import load_manifest
+from fp8_convert.converter.plan.plan import ComponentPlan, ShardPlan
+from fp8_convert.converter.plan.planning import make_plan
+from fp8_convert.converter.plan.recipe import Recipe
+from fp8_convert.converter.plan.schedule import MEMORY, Memory
+from fp8_convert.converter.snapshot.source import Component, LocalFiles, Shard, describe
+from fp8_convert.converter.telling.progress import Silent
 
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8, "U8": 1, "BOOL": 1}
 KEPT = Decision("rule", "kept")
@@ -44,20 +51,25 @@ class Weights:
         tensors, position = [], 0
         for name, (dtype, shape, data) in shard.items():
             info = TensorInfo(name, dtype, shape, position, position + len(data))
-            tensors.append(PlannedTensor(info, self.decisions.get(name, KEPT)))
+            tensors.append(PlannedTensor(info, self.decision(name)))
             position += len(data)
         return tensors
 
-    def write(self, folder: Path, max_shard_size: int | None = None) -> list[ShardPlan]:
+    def decision(self, name: str) -> Decision:
+        """What happens to a tensor, with its input scale if it has one."""
+        decision = self.decisions.get(name, KEPT)
+        return replace(decision, input_scale=self.input_scales.get(name.removesuffix(".weight")))
+
+    def write(self, folder: Path, max_shard_size: int | None = None, memory: Memory = MEMORY) -> list[ShardPlan]:
         """Write the source files and plan them; source N gives out-N.safetensors, and if cut out-N-1.safetensors…"""
         plans = []
         for number, tensors in enumerate(self.shards):
             path = folder / f"source-{number}.safetensors"
             reference.write_safetensors(path, tensors)
             header = read_header(path, path.name)
-            planned = tuple(PlannedTensor(t, self.decisions.get(t.name, KEPT)) for t in header.tensors)
-            source = Shard(path.name, path.stat().st_size, header, path)
-            plan = _plan_shard(COMPONENT, source, planned, self.spread, self.input_scales, max_shard_size)
+            planned = tuple(PlannedTensor(t, self.decision(t.name)) for t in header.tensors)
+            source = Shard(path.name, path.stat().st_size, header)
+            plan = plan_shard(COMPONENT, source, planned, self.spread, max_shard_size, memory)
             names = [f"out-{number}{f'-{i}' if i else ''}.safetensors" for i in range(len(plan.files))]
             files = tuple(replace(file, path=name) for file, name in zip(plan.files, names, strict=True))
             plans.append(replace(plan, files=files))
@@ -88,6 +100,17 @@ class Weights:
             if module in self.input_scales:
                 expected[f"{module}.input_scale"] = ("F32", (), np.float32(self.input_scales[module]).tobytes())
         return expected
+
+
+def whole(shards: Sequence[ShardPlan]) -> ComponentPlan:
+    """The plan of a component that has these shards."""
+    return ComponentPlan(COMPONENT, None, tuple(shards), None, None)
+
+
+def convert_in(memory: Memory, source: Path, output: Path, manifest: Path, workers: int = 2) -> None:
+    """Convert as `convert` does, in other memory than it takes."""
+    plan = make_plan(describe(LocalFiles(source)), Recipe(load_manifest(str(manifest))), memory)
+    run(plan, output, device="cpu", workers=workers, progress=Silent())
 
 
 def fp8(block: tuple[int, int] | None = None, group: str | None = None) -> Decision:
@@ -121,7 +144,9 @@ def weights(draw: st.DrawFn, most_shards: int = 3) -> Weights:
             shape = tuple(draw(st.lists(st.integers(0, 12), max_size=3)))
         else:
             dtype = draw(st.sampled_from(["BF16", "F16", "F32"]))
-            shape = draw(st.tuples(size, size)) + ((3, 1, 1) if kind == "conv" else ())
+            rows, columns = draw(st.tuples(size, st.integers(1, 4)))
+            shape = draw(st.permutations([rows, 4 * columns]))  # other element counts are kept
+            shape = (*shape, 3, 1, 1) if kind == "conv" else tuple(shape)
             block = draw(st.tuples(st.integers(1, 12), st.integers(1, 20))) if kind == "block" else None
             decisions[name] = fp8(block, draw(st.sampled_from(["g1", "g2"])) if kind == "group" else None)
         draw(st.sampled_from(shards))[name] = random_tensor(dtype, shape, draw(st.integers(0, 2**32 - 1)))

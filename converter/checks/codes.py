@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Collection, Generator, Iterator, Sequence
 from pathlib import Path
@@ -12,8 +11,11 @@ import torch
 
 from ..plan.plan import Plan, ShardPlan
 from ..plan.sharding import OutputFile
+from ..stream.component_stream import convert_component
+from ..stream.engine import Engine
 from ..stream.reading import open_for_reading, read_exactly
-from ..stream.shard_stream import Chunk, Engine, measure, stream_shard
+from ..stream.shard_stream import Chunk
+from ..stream.supply import FolderSupply
 from ..telling.errors import ConvertError
 from .finding import Finding
 
@@ -22,7 +24,8 @@ def compare_shard(
     root: Path, shard: ShardPlan, plan: Plan, damaged: Collection[str]
 ) -> Generator[Finding, None, dict[str, str]]:
     """Compare the files that a source shard gives; returns the digest of the source, if it was read to its end."""
-    hasher = hashlib.sha256()
+    component = next(c for c in plan.components if c.source.name == shard.component)
+    supply = FolderSupply(plan.snapshot.files)
     with contextlib.ExitStack() as opened:
         files = []
         for file in shard.files:
@@ -36,15 +39,13 @@ def compare_shard(
                     files.append((file, fd))
         try:  # with an engine for each shard, since an error leaves one without some of its buffers
             with Engine(workers=max(1, (os.cpu_count() or 2) - 1)) as engine:
-                siblings = [s for s in plan.shards if s.component == shard.component]
-                amaxes = measure(siblings, shard.schedule.measured, engine)
-                chunks = stream_shard(shard, engine, amaxes=amaxes, input_scales=plan.input_scales, hasher=hasher)
-                for path, name in dict.fromkeys(_differing(chunks, files)):
-                    yield Finding(path, f"{name} differs from what the source gives")
+                for stream in convert_component(component, supply, engine, shards=[shard], hashed=True):
+                    for path, name in dict.fromkeys(_differing(stream.chunks, files)):
+                        yield Finding(path, f"{name} differs from what the source gives")
         except ConvertError as error:
             yield Finding(shard.files[0].path, f"cannot be compared with its source: {error}")
             return {}
-    return {shard.source.path: hasher.hexdigest()}
+    return {shard.source.path: stream.sha256}
 
 
 def _header_problem(fd: int, file: OutputFile) -> str | None:

@@ -19,10 +19,10 @@ from ..format import layout
 from ..format.header import read_header
 from ..format.reader import as_json
 from ..format.record import Record, RecordedShard
+from ..output.journal import Done
 from ..output.record import make_record
-from ..output.target import Done
 from ..plan.manifest import Manifest, load_manifest, shipped
-from ..plan.plan import make_plan
+from ..plan.planning import make_plan
 from ..plan.recipe import Recipe, recipe_sha256
 from ..plan.settings import Settings
 from ..snapshot.access import HubAccess
@@ -61,7 +61,7 @@ def open_original(root: Path, record: Record, source: str | os.PathLike[str], op
             raise
         raise ConvertError(f"{root} says that it was made from the commit {stated_commit!r:.80}: {error}") from error
     _check_components(root, record, snapshot)
-    return fetch(snapshot, options)
+    return fetch(snapshot)
 
 
 def _check_components(root: Path, record: Record, snapshot: Snapshot) -> None:

@@ -61,7 +61,7 @@ def _without_configs(files: LocalFiles, record: Record) -> Iterator[Component]:
         for path, stated in record.shards.items():
             if path.rpartition("/")[0] == name:
                 with contextlib.suppress(ConvertError):  # found by its digest, or by what describing it met
-                    shards.append(Shard(path, stated.size, files.header(path), files.local(path)))
+                    shards.append(Shard(path, stated.size, files.header(path)))
         yield Component(name, "", entry.class_, {}, "", tuple(shards), None)
 
 

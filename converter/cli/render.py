@@ -32,7 +32,7 @@ def render_plan(plan: Plan, width: int | None = None) -> str:
 
     width: columns to fit into; None for one line per row. The same holds for the other tables.
     """
-    from ..plan.plan import rows
+    from ..plan.showing import rows
 
     lines = [plan.title]
     for component in plan.components:

@@ -25,11 +25,12 @@ from ..format.record import (
     seal,
 )
 from ..format.untrusted import read_whole
-from ..plan.plan import ComponentPlan, Plan, Row, rows
+from ..plan.plan import ComponentPlan, Plan
 from ..plan.recipe import tool_version
+from ..plan.showing import Row, rows
 
 if TYPE_CHECKING:
-    from .target import Done
+    from .journal import Done
 
 
 def make_record(plan: Plan, done: Mapping[str, Done]) -> Record:

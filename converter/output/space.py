@@ -6,21 +6,21 @@ import shutil
 from pathlib import Path
 
 from ..plan.plan import Plan
-from ..snapshot.access import HubAccess
 from ..snapshot.source import needed_files
 from ..telling.errors import ConvertError
 from .target import Target
 
-_SPARE_BYTES = 16 * 1024 * 1024
+SPARE_BYTES = 16 * 1024 * 1024
 
 
-def check_space(plan: Plan, target: Target, options: HubAccess, *, streamed: bool) -> None:
+def check_space(plan: Plan, target: Target, *, streamed: bool, spare_bytes: int = SPARE_BYTES) -> None:
     """Raise ConvertError where the output, or the download that it needs, does not fit.
 
     streamed: source shards lie beside the output, two at a time; else a Hub source is downloaded into the Hub cache.
+    spare_bytes: room to leave.
     """
     wanted = plan.bytes_to_write + (_two_largest(plan) if streamed else 0)
-    output = target.missing_bytes(wanted) + _SPARE_BYTES
+    output = target.missing_bytes(wanted) + spare_bytes
     missing = output - shutil.disk_usage(target.folder).free
     if missing > 0:
         raise ConvertError(
@@ -32,16 +32,17 @@ def check_space(plan: Plan, target: Target, options: HubAccess, *, streamed: boo
 
         assert isinstance(plan.snapshot.files, HubFiles)
         files, paths = plan.snapshot.files, needed_files(plan.snapshot)
-        cache = _existing(cache_folder(options))
+        folder = cache_folder(files.options)
+        cache = _existing(folder)
         same_disk = cache.stat().st_dev == target.folder.stat().st_dev
-        room = shutil.disk_usage(cache).free - (output if same_disk else _SPARE_BYTES)
+        room = shutil.disk_usage(cache).free - (output if same_disk else spare_bytes)
         if sum(files.sizes()[path] for path in paths) <= room:
             return  # whatever is in the cache already, which the Hub's client asks the Hub to know
         download = bytes_to_download(files, paths)
         missing = download - room
         if download and missing > 0:
             raise ConvertError(
-                f"{cache_folder(options)} has not enough disk space: the download takes {download / 1e9:.2f} GB and "
+                f"{folder} has not enough disk space: the download takes {download / 1e9:.2f} GB and "
                 f"{missing / 1e9:.2f} GB are missing; make room, choose another --cache-dir, or pass --stream, which "
                 "keeps no download."
             )

@@ -6,6 +6,7 @@ group is converted or kept as one.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ class Decision(Brief):
     """What happens to one tensor. `format` is None for a kept one.
 
     `rule` is the pattern, or for rules that no manifest states a short phrase; `group` names the fusion group whose
-    members share the scale.
+    members share the scale; `input_scale` is the activation scale that is written beside the weight's, if one is.
     """
 
     rule: str
@@ -35,6 +36,7 @@ class Decision(Brief):
     kind: str | None = None
     format: WeightFormat | None = None
     group: str | None = None
+    input_scale: float | None = None
 
     @property
     def fp8(self) -> bool:
@@ -63,6 +65,22 @@ class PlannedTensor(Brief):
     @property
     def module(self) -> str:
         return self.info.name.removesuffix(WEIGHT)
+
+    @property
+    def out_bytes(self) -> int:
+        """Bytes of the output tensor, scales not counted."""
+        return self.info.numel if self.decision.fp8 else self.info.nbytes
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of the output tensor and of the scale of its weight."""
+        how = self.decision.format
+        return self.out_bytes + (scale_bytes(self.info.shape, how) if how else 0)
+
+
+def scale_bytes(shape: Sequence[int], how: WeightFormat) -> int:
+    """Bytes of the scale of a weight."""
+    return 4 * math.prod(how.scale_shape(shape))
 
 
 _EXPERTS = Decision(
@@ -167,6 +185,8 @@ def _fit(tensor: TensorInfo, decision: Decision, rules: ComponentRules) -> Decis
         return replace(kept, rule=f"dtype {tensor.dtype}", why="only BF16, FP16 and FP32 weights become FP8")
     if len(tensor.shape) != dimensions or tensor.numel == 0:
         return replace(kept, rule=f"shape {list(tensor.shape)}", why=f"not the weight of a {decision.kind}")
+    if tensor.numel % 4:
+        return replace(kept, rule="element count no multiple of 4", why="its scale would not be aligned")
     block = decision.block
     if block and decision.mode == rules.mode and rules.unaligned == "keep":
         unaligned = any(size % edge for size, edge in zip(tensor.shape, block, strict=True))

@@ -1,30 +1,41 @@
 """How one shard is read and in which order its output tensors lie: pure, from offsets and sizes alone.
 
-The source is read once, front to back, in slots (pieces of at most SLOT_BYTES, cut where no element or row of
-blocks is split). Output tensors are laid out in the order in which they can be finished, so that they are written
-front to back too, and every scale follows its weight. Three things stand apart:
+Four words are used for bytes here and in `stream`. A *slot* is what is read at a time: at most `slot_bytes` of the
+source's data section, cut where no element or row of blocks is split. A *segment* is one tensor's share of a slot. A
+*span* is a slot whose bytes have been read, in a buffer that is held until nobody needs them. A *chunk* is what is
+handed out: bytes of one output tensor.
+
+The source is read once, front to back. Output tensors are laid out in the order in which they can be finished, so that
+they are written front to back too, and every scale follows its weight. Two things stand apart:
 
 - A fusion group whose slots do not fit into the pool together, or whose members lie in other shards too, is
   measured first (`measured`): its weights are read twice, once for their amax.
-- Kept tensors of 8-byte elements come first (`early`), weights whose output is no multiple of 4 bytes come last
-  (`late`), so that every offset stays a multiple of its dtype's size; both are read a second time, out of order.
+- Kept tensors of 8-byte elements come first (`early`), those whose bytes are no multiple of 4 come last (`late`),
+  so that every offset stays a multiple of its dtype's size; both are read a second time, out of order.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from ..format.header import TensorInfo
 from ..format.layout import INPUT_SCALE
 from ..telling.notebook import Brief
-from .decide import PlannedTensor
+from .decide import PlannedTensor, scale_bytes
 
-SLOT_BYTES = 8 * 1024 * 1024
-POOL_BYTES = 192 * 1024 * 1024
-_Place = Callable[[str, str, tuple[int, ...], int], None]
 _FREE_SLOTS = 6  # slots that reading, converting and writing need beside those that a group holds
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the conversion of a shard may take: bytes of a slot, and of all slots that are held at once."""
+
+    slot_bytes: int = 8 * 1024 * 1024
+    pool_bytes: int = 192 * 1024 * 1024
+
+
+MEMORY = Memory()
 
 
 @dataclass(frozen=True)
@@ -59,26 +70,21 @@ class Schedule(Brief):
 
 
 def make_schedule(
-    tensors: Sequence[PlannedTensor], spread_groups: Collection[str], input_scales: Collection[str]
+    tensors: Sequence[PlannedTensor], spread_groups: Collection[str], memory: Memory = MEMORY
 ) -> Schedule:
-    """Schedule the tensors (in data order) of one shard.
-
-    spread_groups: fusion groups with members in other shards; input_scales: modules that get an `input_scale`.
-    """
-    slot_bytes = max(SLOT_BYTES, *(split_unit(t) for t in tensors), 1)
-    pool_slots = max(4, POOL_BYTES // slot_bytes)
+    """Schedule the tensors (in data order) of one shard. spread_groups: fusion groups with members in others."""
+    slot_bytes = max(memory.slot_bytes, *(split_unit(t) for t in tensors), 1)
+    pool_slots = max(4, memory.pool_bytes // slot_bytes)
     early = [i for i, t in enumerate(tensors) if not t.decision.fp8 and t.info.itemsize > 4]
-    late = [i for i, t in enumerate(tensors) if i not in early and _out_bytes(t) % 4]
-    late.sort(key=lambda i: 1 if tensors[i].decision.fp8 else -tensors[i].info.itemsize)
+    late = [i for i, t in enumerate(tensors) if i not in early and t.out_bytes % 4]
+    late.sort(key=lambda i: -tensors[i].info.itemsize)
     slots = cut([(i, t.info.start, t.info.nbytes, split_unit(t)) for i, t in enumerate(tensors)], slot_bytes)
-    measured = {g for i in late if (g := scale_domain(tensors[i])) is not None}
-    measured |= {g for t in tensors if (g := t.decision.group) in spread_groups and g is not None}
+    measured = {g for t in tensors if (g := t.decision.group) in spread_groups and g is not None}
     while (too_large := _overflow(tensors, slots, measured, max(1, pool_slots - _FREE_SLOTS))) is not None:
         measured.add(too_large)
     order = _order(tensors, measured, early, late)
-    outputs = _lay_out(tensors, order, late, input_scales)
     return Schedule(
-        tuple(outputs),
+        tuple(_lay_out([tensors[i] for i in order])),
         tuple(slots),
         slot_bytes,
         pool_slots,
@@ -88,8 +94,8 @@ def make_schedule(
     )
 
 
-def cut(pieces: Iterable[tuple[int, int, int, int]], slot_bytes: int) -> list[Slot]:
-    """Cut (tensor, start, nbytes, unit) pieces, adjacent or not, into slots; a tensor is split at its units only."""
+def cut(extents: Iterable[tuple[int, int, int, int]], slot_bytes: int) -> list[Slot]:
+    """Cut (tensor, start, nbytes, unit) extents, adjacent or not, into slots; a tensor is split at its units only."""
     slots: list[Slot] = []
     segments: list[Segment] = []
     begin = position = 0
@@ -100,7 +106,7 @@ def cut(pieces: Iterable[tuple[int, int, int, int]], slot_bytes: int) -> list[Sl
             slots.append(Slot(begin, position, tuple(segments)))
         segments, begin = [], position
 
-    for tensor, start, nbytes, unit in pieces:
+    for tensor, start, nbytes, unit in extents:
         if start != position:
             flush()
             begin = position = start
@@ -132,10 +138,6 @@ def split_unit(tensor: PlannedTensor) -> int:
         return tensor.info.itemsize
     rows = min(tensor.decision.block[0], tensor.info.shape[0])
     return rows * tensor.info.shape[1] * tensor.info.itemsize
-
-
-def _out_bytes(tensor: PlannedTensor) -> int:
-    return tensor.info.numel if tensor.decision.fp8 else tensor.info.nbytes
 
 
 def _last_members(tensors: Sequence[PlannedTensor]) -> dict[str, int]:
@@ -182,9 +184,8 @@ def _order(
     return order + list(late)
 
 
-def _lay_out(
-    tensors: Sequence[PlannedTensor], order: Sequence[int], late: Sequence[int], input_scales: Collection[str]
-) -> list[TensorInfo]:
+def _lay_out(tensors: Iterable[PlannedTensor]) -> list[TensorInfo]:
+    """Tensors with their scales behind them, in the order given, without gaps."""
     outputs: list[TensorInfo] = []
     position = 0
 
@@ -193,24 +194,11 @@ def _lay_out(
         outputs.append(TensorInfo(name, dtype, shape, position, position + nbytes))
         position += nbytes
 
-    def place_scales(tensor: PlannedTensor) -> None:
-        if (how := tensor.decision.format) is not None:
-            shape = how.scale_shape(tensor.info.shape)
-            place(how.scale_key(tensor.module), "F32", shape, 4 * math.prod(shape))
-            if tensor.module in input_scales:
-                place(tensor.module + INPUT_SCALE, "F32", (), 4)
-
-    regular = [i for i in order if i not in late]
-    for number in regular:
-        _place_weight(tensors[number], place)
-        place_scales(tensors[number])
-    for number in late:
-        place_scales(tensors[number])
-    for number in late:
-        _place_weight(tensors[number], place)
+    for tensor in tensors:
+        how, shape = tensor.decision.format, tensor.info.shape
+        place(tensor.info.name, "F8_E4M3" if how else tensor.info.dtype, shape, tensor.out_bytes)
+        if how is not None:
+            place(how.scale_key(tensor.module), "F32", how.scale_shape(shape), scale_bytes(shape, how))
+        if tensor.decision.input_scale is not None:
+            place(tensor.module + INPUT_SCALE, "F32", (), 4)
     return outputs
-
-
-def _place_weight(tensor: PlannedTensor, place: _Place) -> None:
-    dtype = "F8_E4M3" if tensor.decision.fp8 else tensor.info.dtype
-    place(tensor.info.name, dtype, tensor.info.shape, _out_bytes(tensor))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from ..format.untrusted import check_text
@@ -58,14 +60,21 @@ def local_folder(source: str | os.PathLike[str]) -> Path | None:
     return None
 
 
-def fetch(snapshot: Snapshot, options: HubAccess) -> Snapshot:
-    """The snapshot with all its files on this machine, downloaded at its commit if they are not."""
+def fetch(snapshot: Snapshot, also: Iterable[str] = ()) -> Snapshot:
+    """The same snapshot with all its files on this machine, downloaded at its commit if they are not; `also` these.
+
+    Raises ConvertError for a download that is not whole.
+    """
     if not snapshot.files.remote:
         return snapshot
     from .hub import HubFiles, download
 
     assert isinstance(snapshot.files, HubFiles)
-    return describe_source(download(snapshot.files, needed_files(snapshot)), options)
+    files = download(snapshot.files, sorted({*needed_files(snapshot), *also}))
+    for component in snapshot.components:
+        for shard in component.shards:
+            files.header(shard.path)  # a file that was cut short is refused now, not after hours
+    return replace(snapshot, files=files)
 
 
 def _complete(snapshot: Snapshot, options: HubAccess) -> Snapshot:

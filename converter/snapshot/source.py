@@ -100,9 +100,7 @@ class Shard(Brief):
     path: str
     size: int
     header: Header
-    local: Path | None
     sha256: str | None = None  # what the Hub says of it
-    stat: tuple[int, ...] | None = None  # of the local file before its header was read: `file_stat`
 
 
 @dataclass(frozen=True, repr=False)
@@ -158,6 +156,23 @@ class Snapshot(Brief):
     remarks: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of a snapshot on this machine.
+
+    where: how errors name it. stat: what `file_stat` gave before its header was read.
+    """
+
+    path: Path
+    where: str
+    stat: tuple[int, ...]
+
+    def check_unchanged(self) -> None:
+        """Raise ResumableError if the file is no longer the one that was described."""
+        if file_stat(self.path) != self.stat:
+            raise ResumableError(f"{self.where} changed while it was read; run again.")
+
+
 class LocalFiles:
     """A snapshot in a folder. Links may point inside it, or into the blobs of the Hub cache that it belongs to."""
 
@@ -170,6 +185,7 @@ class LocalFiles:
         self.label = str(root)
         self._inside = (root.resolve(), *_hub_blobs(root))
         self._listed: dict[str, int] | None = None
+        self._stats: dict[str, tuple[int, ...]] = {}
 
     def sizes(self) -> Mapping[str, int]:
         if self._listed is None:
@@ -205,7 +221,15 @@ class LocalFiles:
         return file_pieces(self.local(path), f"{path} in {self.label}", self.sizes()[path])
 
     def header(self, path: str) -> Header:
+        self.open(path)  # before the header: what is read later must be the same file
         return read_header(self.local(path), f"{path} in {self.label}")
+
+    def open(self, path: str) -> SourceFile:
+        """The file as it was when this was first asked of it, or its header read."""
+        local = self.local(path)
+        if path not in self._stats:
+            self._stats[path] = file_stat(local)
+        return SourceFile(local, path, self._stats[path])
 
 
 def content_sha256(files: Files, path: str) -> str:
@@ -411,9 +435,7 @@ def _component(
 
 
 def _shard(files: Files, path: str) -> Shard:
-    local = files.local(path)
-    stat = None if local is None else file_stat(local)  # before the header: what is read later must be the same file
-    return Shard(path, files.sizes()[path], files.header(path), local, files.sha256(path), stat)
+    return Shard(path, files.sizes()[path], files.header(path), files.sha256(path))
 
 
 def _is_taken(pipeline: str | None, name: str) -> bool:

@@ -1,75 +1,112 @@
-"""Where source shards come from while a conversion runs: they are here already, or arrive one ahead of their use.
+"""Where source shards come from while a conversion runs.
 
-`Supply` hands out shards that lie on this machine. `StreamedSupply` downloads shard N + 1 of a Hub repository while
-shard N is converted and deletes each as soon as its output is safe, so that at most two source shards take disk.
+`FolderSupply` opens shards that lie on this machine: in a folder, or in the Hub cache once they were downloaded into
+it. `StreamedSupply` downloads shard N + 1 of a Hub repository while shard N is converted and deletes each as soon as
+its output is safe, so that at most two source shards take disk.
 """
 
 from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-
-from ..plan.plan import ShardPlan
-from ..plan.schedule import SLOT_BYTES, scale_domain
-from ..snapshot.source import file_stat
-from .quantize import TORCH_DTYPES, amax
-from .shard_stream import Engine, finite, measure
+from ..snapshot.source import Files, LocalFiles, Shard, SourceFile, file_stat
 
 if TYPE_CHECKING:
     from ..snapshot.hub import HubFiles
 
 
-class Supply:
-    """Source shards that lie on this machine. A context manager, as its streaming sibling is.
+class Supply(Protocol):
+    """The source shards of a conversion. A context manager."""
 
-    ahead: whether a shard may be taken before the one before it is finished.
-    """
+    @property
+    def files(self) -> Files:
+        """The snapshot's other files."""
+
+    @property
+    def ahead(self) -> bool:
+        """Whether a shard may be opened before the one before it is done."""
+
+    def __enter__(self) -> Supply: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def want(self, shards: Sequence[Shard]) -> None:
+        """Say which shards will be opened, and in which order."""
+
+    def open(self, shard: Shard) -> SourceFile:
+        """The shard's file on this machine, after waiting for it if need be."""
+
+    def find(self, shard: Shard) -> SourceFile | None:
+        """The shard's file, None if it is not here and not on its way."""
+
+    def range(self, shard: Shard, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of a shard that `find` does not find."""
+
+    def discard(self, shard: Shard) -> str:
+        """Give up a shard's file that was found to be corrupt; returns what the user is to do."""
+
+    def done(self, shard: Shard) -> None:
+        """Take note that the shard's output is safe: its source is needed no more."""
+
+
+class FolderSupply:
+    """Shards that lie on this machine."""
 
     ahead = True
 
-    def __enter__(self) -> Supply:
+    def __init__(self, files: Files) -> None:
+        assert isinstance(files, LocalFiles), "the snapshot is to be fetched first"
+        self.files = files
+
+    def __enter__(self) -> FolderSupply:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        return None
+        return
 
-    def take(self, shard: ShardPlan) -> ShardPlan:
-        """The shard with its source on this machine."""
-        return shard
+    def want(self, shards: Sequence[Shard]) -> None:
+        return
 
-    def measure(self, shards: Sequence[ShardPlan], groups: Sequence[str], engine: Engine) -> dict[str, float]:
-        """max|w| of each of `groups` over its members in all `shards`, those of one component."""
-        return measure(shards, groups, engine)
+    def open(self, shard: Shard) -> SourceFile:
+        return self.files.open(shard.path)
 
-    def finished(self, shard: ShardPlan) -> None:
-        """The shard's output is safe: its source is needed no more."""
+    def find(self, shard: Shard) -> SourceFile | None:
+        return self.open(shard)
+
+    def range(self, shard: Shard, start: int, stop: int) -> bytes:
+        raise NotImplementedError(f"{shard.path} is here")
+
+    def discard(self, shard: Shard) -> str:
+        return f"delete {self.open(shard).path.resolve()} and run again"
+
+    def done(self, shard: Shard) -> None:
+        return
 
 
-class StreamedSupply(Supply):
-    """Downloads the `wanted` shards of a Hub repository into `folder`, in order, one ahead."""
+class StreamedSupply:
+    """Downloads the shards that are wanted of a Hub repository into `folder`, in order, one ahead."""
 
     ahead = False  # its download would be the third that takes disk
 
-    def __init__(self, files: HubFiles, folder: Path, wanted: Sequence[ShardPlan]) -> None:
-        self._files, self._folder = files, folder
-        self._wanted = [shard.source.path for shard in wanted]
+    def __init__(self, files: HubFiles, folder: Path) -> None:
+        self.files, self._folder = files, folder
+        self._wanted: list[str] = []
         self._executor = ThreadPoolExecutor(1, "fp8-download")
         self._stopped = threading.Event()
-        self._arriving: dict[str, Future[Path]] = {}
-        for partial in folder.rglob("*.incomplete"):  # the Hub's client begins anew beside it
-            partial.unlink()
-        for path in self._present() - set(self._wanted):
-            (folder / path).unlink()  # its output was finished before an interruption
+        self._arriving: dict[str, Future[SourceFile]] = {}
+
+    def __enter__(self) -> StreamedSupply:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -84,56 +121,40 @@ class StreamedSupply(Supply):
         if error is None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def take(self, shard: ShardPlan) -> ShardPlan:
-        self._order(shard.source.path)
-        local = self._arriving[shard.source.path].result()
-        following = self._wanted[self._wanted.index(shard.source.path) + 1 :]
+    def want(self, shards: Sequence[Shard]) -> None:
+        self._wanted = [shard.path for shard in shards]
+        for partial in self._folder.rglob("*.incomplete"):  # the Hub's client begins anew beside it
+            partial.unlink()
+        present = {p.relative_to(self._folder).as_posix() for p in self._folder.rglob("*.safetensors")}
+        for path in present - set(self._wanted):
+            (self._folder / path).unlink()  # its output was finished before an interruption
+
+    def open(self, shard: Shard) -> SourceFile:
+        self._order(shard.path)
+        source = self._arriving[shard.path].result()
+        following = self._wanted[self._wanted.index(shard.path) + 1 :]
         if following:
             self._order(following[0])
-        return _at(shard, local)
+        return source
 
-    def measure(self, shards: Sequence[ShardPlan], groups: Sequence[str], engine: Engine) -> dict[str, float]:
-        """As `Supply.measure`; members in shards that are not here are fetched by range."""
-        found = dict.fromkeys(groups, 0.0)
-        for shard in shards:
-            here: Mapping[str, float]
-            if shard.source.path in self._arriving:
-                here = measure([self.take_here(shard)], groups, engine)
-            else:
-                here = self._measure_remote(shard, groups)
-            for group, value in here.items():
-                found[group] = max(found[group], value)
-        return found
+    def find(self, shard: Shard) -> SourceFile | None:
+        arriving = self._arriving.get(shard.path)
+        return None if arriving is None else arriving.result()
 
-    def take_here(self, shard: ShardPlan) -> ShardPlan:
-        """The shard once its download, which is under way, has arrived."""
-        return _at(shard, self._arriving[shard.source.path].result())
+    def range(self, shard: Shard, start: int, stop: int) -> bytes:
+        return self.files.range(shard.path, start, stop)
 
-    def finished(self, shard: ShardPlan) -> None:
-        self._arriving.pop(shard.source.path).result().unlink()
+    def discard(self, shard: Shard) -> str:
+        self.open(shard).path.unlink()
+        return "run the same command again to fetch it anew"
+
+    def done(self, shard: Shard) -> None:
+        self._arriving.pop(shard.path).result().path.unlink()
 
     def _order(self, path: str) -> None:
         if path not in self._arriving:
-            self._arriving[path] = self._executor.submit(self._files.download_into, path, self._folder, self._stopped)
+            self._arriving[path] = self._executor.submit(self._download, path)
 
-    def _measure_remote(self, shard: ShardPlan, groups: Sequence[str]) -> dict[str, float]:
-        found: dict[str, float] = {}
-        data_start = shard.source.header.data_start
-        for tensor in shard.tensors:
-            domain = scale_domain(tensor)
-            if domain is None or domain not in groups:
-                continue
-            start, stop = data_start + tensor.info.start, data_start + tensor.info.end
-            for at in range(start, stop, SLOT_BYTES):
-                data = bytearray(self._files.range(shard.source.path, at, min(at + SLOT_BYTES, stop)))
-                x = torch.frombuffer(data, dtype=TORCH_DTYPES[tensor.info.dtype])
-                found[domain] = max(found.get(domain, 0.0), finite(amax(x), tensor, shard))
-        return found
-
-    def _present(self) -> set[str]:
-        return {p.relative_to(self._folder).as_posix() for p in self._folder.rglob("*.safetensors")}
-
-
-def _at(shard: ShardPlan, local: Path) -> ShardPlan:
-    """The shard with its source in a file of this machine."""
-    return replace(shard, source=replace(shard.source, local=local, stat=file_stat(local)))
+    def _download(self, path: str) -> SourceFile:
+        local = self.files.download_into(path, self._folder, self._stopped)
+        return SourceFile(local, path, file_stat(local))

@@ -18,12 +18,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fp8_convert.converter import ConvertError, convert, inspect, verify
+from fp8_convert.converter.checks.codes import compare_shard
 from fp8_convert.converter.cli.render import render_inspection, render_verification
 from fp8_convert.converter.format.layout import encode_json
 from fp8_convert.converter.format.record import seal
 from fp8_convert.converter.output.record import load_record
-from fp8_convert.converter.plan.schedule import SLOT_BYTES
+from fp8_convert.converter.plan.manifest import choose_manifest
+from fp8_convert.converter.plan.planning import make_plan
+from fp8_convert.converter.plan.recipe import Recipe
+from fp8_convert.converter.plan.schedule import MEMORY, Memory
 from fp8_convert.converter.snapshot.access import HubAccess
+from fp8_convert.converter.snapshot.source import LocalFiles, describe
 
 RECORD = "fp8_convert.json"
 DIT = "transformer/diffusion_pytorch_model.safetensors"
@@ -643,10 +648,8 @@ def test_a_component_that_was_only_copied_may_be_quantised_otherwise(tmp_path: P
     assert findings(tmp_path / "out", source=source) == []
 
 
-def test_every_shard_is_compared_after_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each error loses buffers of the reader, here a few of six; the next shard must not miss them."""
-    for module in ("plan.schedule", "stream.shard_stream"):
-        monkeypatch.setattr(f"fp8_convert.converter.{module}.POOL_BYTES", 6 * SLOT_BYTES)
+def test_every_shard_is_compared_after_errors(tmp_path: Path) -> None:
+    """Each error loses buffers of the reader, here a few of four; the next shard must not miss them."""
     source, output = copied(saved("z_image", max_shard_size="300KB"), tmp_path / "source"), tmp_path / "out"
     convert(source, output)
     broken = set()
@@ -659,5 +662,11 @@ def test_every_shard_is_compared_after_errors(tmp_path: Path, monkeypatch: pytes
             save_file(weights, source / "transformer" / path.name, metadata={"format": "pt"})
             broken.add(f"transformer/{path.name}")
     assert len(broken) > 10
-    found = verify(output, source=source).findings
-    assert {f.path for f in found if "holds NaN or Inf" in f.problem} == broken
+    snapshot = describe(LocalFiles(source))
+    classes = {c.name: c.class_name for c in snapshot.components}
+    recipe = Recipe(choose_manifest(None, snapshot.pipeline, classes))
+    for memory in (MEMORY, Memory(MEMORY.slot_bytes, 4 * MEMORY.slot_bytes)):
+        plan = make_plan(snapshot, recipe, memory)
+        found = [f for shard in plan.shards for f in compare_shard(output, shard, plan, ())]
+        assert {f.path for f in found if "holds NaN or Inf" in f.problem} == broken
+    assert {f.path for f in verify(output, source=source).findings if "holds NaN or Inf" in f.problem} == broken

@@ -156,7 +156,7 @@ def test_originals_need_quantization() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"activation_scheme": "static"}, "with dynamic activations"),
+        ({"activation_scheme": "static"}, "needs calibrated scales"),
         ({"weight_block_size": [128, 128]}, "with weight_block_size None"),
         ({"ignored_layers": ["to_q"]}, "ignores 'to_q'"),
         ({"transformer": None}, "keeps it as it was"),
@@ -173,7 +173,7 @@ def test_settings_that_agree_change_nothing() -> None:
         "method": "fp8",
         "activation_scheme": "dynamic",
         "weight_block_size": None,
-        "ignored_layers": ["embedder"],
+        "ignored_layers": ["t_embedder"],
     }
     for options in ({"quantization": "fp8"}, {"quantization_config": config}):
         pipe = load_pipeline(converted("z_image"), device="cpu", **options)
@@ -185,7 +185,7 @@ def test_settings_that_agree_change_nothing() -> None:
     [
         ({"quantization": "int8"}, "the only one is 'fp8'"),
         ({"quantization_config": {"method": "int8"}}, "the only one is 'fp8'"),
-        ({"quantization_config": {"ignore": []}}, "unknown key 'ignore'"),
+        ({"quantization_config": {"ignore": []}}, "^'ignore' is no setting; did you mean 'ignored_layers'"),
         ({"quantization_config": {"transformer": 8}}, "give a dict or None"),
     ],
     ids=["name", "method", "key", "value"],

@@ -26,7 +26,8 @@ from fp8_convert.converter.cli.commands import main
 from fp8_convert.converter.cli.render import render_inspection, render_manifests, render_plan
 from fp8_convert.converter.demo import build_tiny_pipeline
 from fp8_convert.converter.plan.manifest import shipped
-from fp8_convert.converter.plan.plan import Plan, rows
+from fp8_convert.converter.plan.plan import Plan
+from fp8_convert.converter.plan.showing import rows
 from fp8_convert.converter.telling.progress import Silent
 
 COMMAND = Path(sysconfig.get_path("scripts"), "fp8-convert")

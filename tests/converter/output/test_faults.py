@@ -24,12 +24,16 @@ from typing import Any
 import pytest
 from pipelines import copied, saved
 
-from fp8_convert.converter import ConvertError, ResumableError, convert, verify
+from fp8_convert.converter import ConvertError, ResumableError, convert, plan_conversion, verify
 from fp8_convert.converter.format.layout import STAGING
-from fp8_convert.converter.output import run
+from fp8_convert.converter.output.run import run
 from fp8_convert.converter.output.target import Target, open_target
+from fp8_convert.converter.output.work import Work
 from fp8_convert.converter.plan.plan import ShardPlan
+from fp8_convert.converter.snapshot.source import SourceFile
+from fp8_convert.converter.stream import component_stream
 from fp8_convert.converter.stream.shard_stream import Chunk, stream_shard
+from fp8_convert.converter.telling.progress import Silent
 
 TRIES = int(os.environ.get("FP8_CONVERT_FAULTS", "12"))
 # Forks a conversion for each line "STOP_AT OUTPUT": so that a kill lands in the conversion and not in its imports.
@@ -405,13 +409,13 @@ def test_a_lock_that_its_holder_removed_is_not_taken(tmp_path: Path, monkeypatch
 def test_a_source_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path) -> None:
     changing, output = copied(source, tmp_path / "source"), tmp_path / "out"
 
-    def touching(shard: ShardPlan, *arguments: Any, **settings: Any) -> Iterator[Chunk]:
-        yield from stream_shard(shard, *arguments, **settings)
-        if shard.component == "transformer" and shard.source.local is not None:
-            os.utime(shard.source.local, ns=(1, 1))
+    def touching(shard: ShardPlan, source: SourceFile, *arguments: Any, **settings: Any) -> Iterator[Chunk]:
+        yield from stream_shard(shard, source, *arguments, **settings)
+        if shard.component == "transformer":
+            os.utime(source.path, ns=(1, 1))
 
     with monkeypatch.context() as touched:
-        touched.setattr(run, "stream_shard", touching)
+        touched.setattr(component_stream, "stream_shard", touching)
         with pytest.raises(ResumableError, match=r"transformer/.* changed while it was read; run again"):
             convert(changing, output)
     convert(changing, output)
@@ -541,11 +545,8 @@ def test_a_small_disk_is_refused_from_the_plan(source: Path, small_disk: Path) -
     assert not (small_disk / "out").exists()
 
 
-def test_a_disk_that_fills_up_midway(
-    source: Path, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fills_up_midway(source: Path, small_disk: Path) -> None:
     """A real ENOSPC: the check beforehand is told that there is room."""
-    monkeypatch.setattr("fp8_convert.converter.output.space._SPARE_BYTES", -(1 << 40))
     with pytest.raises(ResumableError, match="No space left on device"):
-        convert(source, small_disk / "out")
+        run(plan_conversion(source), small_disk / "out", Work(), Silent(), spare_bytes=-(1 << 40))
     assert not (small_disk / "out" / "model_index.json").exists()

@@ -12,6 +12,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hub_server import running_hub
@@ -22,6 +23,7 @@ from fp8_convert.converter.format.layout import STAGING
 from fp8_convert.converter.output import run
 from fp8_convert.converter.plan.recipe import parse_size
 from fp8_convert.converter.plan.settings import Settings
+from fp8_convert.converter.stream import component_stream
 from fp8_convert.converter.telling.progress import Silent
 
 DIT = "transformer/diffusion_pytorch_model.safetensors"
@@ -179,10 +181,10 @@ def test_a_sibling_that_changed_between_two_runs_is_not_mixed_in(
     output = tmp_path / "out"
     write_shard = run._write_shard
 
-    def until_the_last(shard: run.ShardPlan, *arguments: object) -> object:
-        if shard.source.local == last:
+    def until_the_last(stream: run.ShardStream, *arguments: object) -> object:
+        if stream.source.path == last:
             raise ResumableError("the disk is full")
-        return write_shard(shard, *arguments)  # type: ignore[arg-type]
+        return write_shard(stream, *arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as full:
         full.setattr(run, "_write_shard", until_the_last)
@@ -200,10 +202,10 @@ def test_a_sibling_that_changes_after_it_was_measured_stops_the_run(
     spread: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     *_, last = shards_of_one_group(spread)
-    measured = run.Supply.measure
+    measured = component_stream.measure
 
-    def then_rewritten(supply: run.Supply, *arguments: object) -> object:
-        found = measured(supply, *arguments)  # type: ignore[arg-type]
+    def then_rewritten(*arguments: Any) -> object:
+        found = measured(*arguments)
         if not done:
             done.append(1)
             rewrite(last)
@@ -211,7 +213,7 @@ def test_a_sibling_that_changes_after_it_was_measured_stops_the_run(
 
     done: list[int] = []
     with monkeypatch.context() as changing:
-        changing.setattr(run.Supply, "measure", then_rewritten)
+        changing.setattr(component_stream, "measure", then_rewritten)
         with pytest.raises(ResumableError, match=f"{last.name} changed while it was read; run again"):
             convert(spread, tmp_path / "out")
     convert(spread, tmp_path / "out")
@@ -408,14 +410,14 @@ def test_sizes_that_are_none(size: int | str) -> None:
 
 SLOW_END = """
 import sys, time
-from fp8_convert.converter.output import target
-rename = target.Target._rename
-def slowly(self, paths):
-    rename(self, paths)
+from fp8_convert.converter.output import publishing
+rename = publishing._rename
+def slowly(folder, new, paths, mtime):
+    rename(folder, new, paths, mtime)
     if "fp8_convert.json" in paths:
         print("renamed", flush=True)
         time.sleep(1)
-target.Target._rename = slowly
+publishing._rename = slowly
 from fp8_convert.converter.cli.commands import main
 main()
 """

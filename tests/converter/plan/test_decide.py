@@ -80,6 +80,8 @@ def test_blocks() -> None:
         ("blocks.0.x", {"shape": (256,)}, "shape [256]"),
         ("blocks.0.x", {"shape": (0, 256)}, "shape [0, 256]"),
         ("conv", {"kinds": {"conv": "Conv2d"}}, "shape [256, 256]"),
+        ("blocks.0.x", {"shape": (5, 6)}, "element count no multiple of 4"),
+        ("blocks.0.x", {"shape": (2, 6)}, "blocks"),
     ],
 )
 def test_kept_and_why(module: str, options: dict[str, object], rule: str) -> None:
@@ -173,6 +175,12 @@ def test_a_member_that_cannot_be_converted_keeps_the_group() -> None:
 
 
 # Users' patterns
+
+
+def test_a_member_of_an_unfit_size_keeps_the_group() -> None:
+    tensors = [info(f"{m}.weight", (5, 6) if m.endswith("q") else (8, 6)) for m in ATTENTION]
+    planned, _ = decide(tensors, RULES, ModuleMap(dict.fromkeys(ATTENTION, "Linear")))
+    assert {p.decision.rule for p in planned} == {"element count no multiple of 4"}
 
 
 def test_aliases_of_fused_names() -> None:

@@ -25,7 +25,8 @@ import torch
 from fp8_convert.converter.conversion import plan_conversion
 from fp8_convert.converter.plan.manifest import shipped
 from fp8_convert.converter.plan.pattern import matches
-from fp8_convert.converter.plan.plan import ComponentPlan, Plan, rows
+from fp8_convert.converter.plan.plan import ComponentPlan, Plan
+from fp8_convert.converter.plan.showing import rows
 from fp8_convert.converter.snapshot.building import build_on_meta, quiet_libraries
 from fp8_convert.converter.snapshot.naming import name_tensors
 from fp8_convert.converter.tiny import image_vae

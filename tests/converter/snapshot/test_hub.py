@@ -28,7 +28,10 @@ from safetensors.torch import load_file, save_file
 from fp8_convert.converter import ConvertError, ResumableError, convert, plan_conversion, verify
 from fp8_convert.converter.cli.commands import main
 from fp8_convert.converter.demo import build_tiny_pipeline
-from fp8_convert.converter.output import space
+from fp8_convert.converter.output.run import run
+from fp8_convert.converter.output.work import Work
+from fp8_convert.converter.plan import planning
+from fp8_convert.converter.snapshot import locate
 from fp8_convert.converter.snapshot.access import HubAccess
 from fp8_convert.converter.snapshot.hub import HubFiles, translated
 from fp8_convert.converter.snapshot.locate import describe_source, open_files
@@ -68,6 +71,29 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def weight_bytes(folder: Path) -> int:
     return sum(c.stat().st_size for c in folder.glob("*/*.safetensors") if ".fp16." not in c.name)
+
+
+def test_an_id_is_described_and_planned_once(
+    hub: HubServer, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add_repo(REPO, tiny)
+    calls: list[str] = []
+    for module, name in ((locate, "describe"), (planning, "make_plan"), (planning, "module_map")):
+        counted = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, n=name, f=counted, **k: (calls.append(n), f(*a, **k))[1])
+    convert(REPO, tmp_path / "out")
+    assert calls.count("describe") == calls.count("make_plan") == 1
+    assert calls.count("module_map") == 2  # transformer and text_encoder, each built once
+
+
+def test_a_download_that_is_cut_short_is_refused_before_the_work(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
+    hub.add_repo(REPO, tiny)
+    convert(REPO, tmp_path / "out")
+    (weights,) = (tmp_path / "home").rglob("snapshots/*/transformer/*.safetensors")
+    os.truncate(weights.resolve(), weights.stat().st_size - 4)
+    with pytest.raises(ConvertError, match=r"transformer/diffusion_pytorch_model\.safetensors in .* is truncated"):
+        convert(REPO, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 def test_by_id_equals_by_folder(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
@@ -320,7 +346,7 @@ import sys
 from fp8_convert.converter.snapshot.access import HubAccess
 from fp8_convert.converter.snapshot.locate import fetch, open_source
 options = HubAccess(cache_dir=sys.argv[2], quiet="quiet" in sys.argv)
-fetch(open_source(sys.argv[1], options), options)
+fetch(open_source(sys.argv[1], options))
 """
 
 
@@ -433,13 +459,18 @@ def test_stream_keeps_two_source_shards_at_most(hub: HubServer, sharded: Path, t
 def test_a_streamed_shard_knows_its_file_once_it_has_arrived(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
     hub.add_repo(REPO, tiny)
     plan = plan_conversion(REPO)
-    assert {shard.source.stat for shard in plan.shards} == {None}
+    first, *others = [shard.source for shard in plan.shards]
     assert isinstance(plan.snapshot.files, HubFiles)
-    with StreamedSupply(plan.snapshot.files, tmp_path, plan.shards) as supply:
-        arrived = supply.take(plan.shards[0]).source
-        assert arrived.local is not None
-        assert arrived.stat == file_stat(arrived.local)
-    assert None not in {shard.source.stat for shard in plan_conversion(tiny).shards}
+    with StreamedSupply(plan.snapshot.files, tmp_path) as supply:
+        supply.want([first, *others])
+        assert supply.find(first) is None
+        arrived = supply.open(first)
+        assert arrived.stat == file_stat(arrived.path)
+        assert supply.find(first) == arrived
+        assert supply.range(first, 0, 8) == arrived.path.read_bytes()[:8]
+        supply.done(first)
+        assert not arrived.path.exists()
+        assert supply.find(first) is None
 
 
 @pytest.mark.parametrize("kind", ["cut", "reset", "status"])
@@ -554,18 +585,18 @@ def test_room_for_the_download_is_checked(
     hub.add_repo(REPO, tiny)
     plan = plan_conversion(REPO)
     room = plan.bytes_to_write + plan.bytes_to_read // 2
-    monkeypatch.setattr(space, "_SPARE_BYTES", 0)
-    monkeypatch.setattr(space, "_two_largest", lambda plan: 0)
     with monkeypatch.context() as full:
         full.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=room))
         with pytest.raises(ConvertError, match=r"the download takes 0.01 GB .* or pass --stream"):
-            convert(REPO, tmp_path / "out")
+            run(plan, tmp_path / "out", Work(), Silent(), spare_bytes=0)
         assert not (tmp_path / "out").exists()
         assert not list((tmp_path / "home").rglob("*.safetensors"))
-        convert(REPO, tmp_path / "out", stream=True)
+        largest = sum(sorted(s.source.size for s in plan.shards)[-2:])  # what streaming keeps beside the output
+        spare = room - plan.bytes_to_write - largest
+        run(plan, tmp_path / "out", Work(stream=True), Silent(), spare_bytes=spare)
     convert(REPO, tmp_path / "again")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=plan.bytes_to_write))
-    convert(REPO, tmp_path / "from-the-cache")  # nothing is left to download
+    run(plan, tmp_path / "from-the-cache", Work(), Silent(), spare_bytes=0)  # nothing is left to download
 
 
 @pytest.mark.parametrize(

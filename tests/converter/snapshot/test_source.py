@@ -11,6 +11,7 @@ import pytest
 from pipelines import copied, saved
 
 from fp8_convert.converter import ConvertError, ResumableError
+from fp8_convert.converter.format.header import read_header
 from fp8_convert.converter.snapshot.source import LocalFiles, describe, file_stat
 
 
@@ -20,15 +21,18 @@ def test_a_shard_knows_its_file_from_before_its_header_was_read(
     lone = copied(saved("z_image") / "vae", tmp_path / "vae")
     file = lone / "diffusion_pytorch_model.safetensors"
     before = file_stat(file)
-    read = LocalFiles.header
 
-    def touched_while_it_is_read(files: LocalFiles, path: str) -> object:
+    def touched_while_it_is_read(path: Path, where: str) -> object:
         os.utime(file, ns=(1, 1))
-        return read(files, path)
+        return read_header(path, where)
 
-    monkeypatch.setattr(LocalFiles, "header", touched_while_it_is_read)
-    (shard,) = describe(LocalFiles(lone)).components[0].shards
-    assert shard.stat == before != file_stat(file)
+    monkeypatch.setattr("fp8_convert.converter.snapshot.source.read_header", touched_while_it_is_read)
+    files = LocalFiles(lone)
+    (shard,) = describe(files).components[0].shards
+    opened = files.open(shard.path)
+    assert opened.stat == before != file_stat(file)
+    with pytest.raises(ResumableError, match=r"diffusion_pytorch_model.safetensors changed while it was read"):
+        opened.check_unchanged()
     stat = file.stat()
     assert file_stat(file) == (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
     with pytest.raises(ResumableError, match="cannot be opened"):

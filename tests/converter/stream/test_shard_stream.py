@@ -8,10 +8,10 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,17 +21,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from shards import Weights, fp8, random_tensor, weights
+from shards import Weights, convert_in, fp8, random_tensor, weights, whole
 
 from fp8_convert.converter import ConvertError, ResumableError, convert
 from fp8_convert.converter.format.header import read_header
 from fp8_convert.converter.format.layout import decode_modules
-from fp8_convert.converter.plan import schedule as schedule_module
 from fp8_convert.converter.plan.plan import ShardPlan
-from fp8_convert.converter.stream import shard_stream as stream_module
-from fp8_convert.converter.stream.shard_stream import Chunk, Engine, measure, stream_shard
+from fp8_convert.converter.plan.schedule import MEMORY, Memory
+from fp8_convert.converter.snapshot.source import LocalFiles
+from fp8_convert.converter.stream.component_stream import convert_component
+from fp8_convert.converter.stream.engine import Engine
+from fp8_convert.converter.stream.measuring import measure
+from fp8_convert.converter.stream.shard_stream import stream_shard
+from fp8_convert.converter.stream.supply import FolderSupply
 
-SIZES = [(16, 1), (64, 4), (64, 9), (1024, 5), (8 * 1024 * 1024, 24)]  # bytes of a slot, slots of the pool
+SIZES = [Memory(slot, slot * count) for slot, count in [(16, 1), (64, 4), (64, 9), (1024, 5)]] + [MEMORY]
 
 
 @pytest.fixture(autouse=True)
@@ -42,29 +46,18 @@ def _watchdog() -> Iterator[None]:
     faulthandler.cancel_dump_traceback_later()
 
 
-def resize(patch: pytest.MonkeyPatch, slot_bytes: int, slots: int) -> None:
-    for module in (schedule_module, stream_module):
-        patch.setattr(module, "SLOT_BYTES", slot_bytes)
-        patch.setattr(module, "POOL_BYTES", slot_bytes * slots)
-
-
-def streamed(
-    plans: Sequence[ShardPlan], engine: Engine, input_scales: Mapping[str, float], folder: Path
-) -> list[list[Path]]:
+def streamed(plans: Sequence[ShardPlan], engine: Engine, folder: Path) -> list[list[Path]]:
     """Convert all shards and write their files as the disk writer would; checks what holds of every stream."""
-    groups = sorted({g for plan in plans for g in plan.schedule.measured})
-    amaxes = measure(plans, groups, engine)
     paths = []
-    for plan in plans:
-        assert plan.source.local is not None
-        hasher = hashlib.sha256()
+    for stream in convert_component(whole(plans), FolderSupply(LocalFiles(folder)), engine, hashed=True):
+        plan = stream.plan
         outputs = {o.name: o for o in plan.schedule.outputs}
         data = bytearray()
-        for chunk in stream_shard(plan, engine, amaxes=amaxes, input_scales=input_scales, hasher=hasher):
+        for chunk in stream.chunks:
             assert outputs[chunk.name].start + chunk.offset == len(data)  # front to back, without a gap
             data += chunk.data.numpy().tobytes()
         assert len(data) == sum(o.nbytes for o in outputs.values())
-        assert hasher.digest() == hashlib.sha256(plan.source.local.read_bytes()).digest()
+        assert stream.sha256 == hashlib.sha256(stream.source.path.read_bytes()).hexdigest()
         assert b"".join(data[f.start : f.stop] for f in plan.files) == data  # files follow one another without a gap
         for file in plan.files:
             (folder / file.path).write_bytes(file.header + data[file.start : file.stop])
@@ -74,10 +67,15 @@ def streamed(
 
 
 def check(
-    w: Weights, folder: Path, workers: int = 2, readers: int = 1, max_shard_size: int | None = None
+    w: Weights,
+    folder: Path,
+    workers: int = 2,
+    readers: int = 1,
+    max_shard_size: int | None = None,
+    memory: Memory = MEMORY,
 ) -> list[list[Path]]:
     with Engine(workers=workers, readers=readers) as engine:
-        files = streamed(w.write(folder, max_shard_size), engine, w.input_scales, folder)
+        files = streamed(w.write(folder, max_shard_size, memory), engine, folder)
     for paths, expected in zip(files, w.expected(), strict=True):
         assert merged(reference.read_safetensors(path) for path in paths) == expected
         loaded = merged(load_file(path) for path in paths)  # safetensors' own reader takes it, and sees the same
@@ -127,21 +125,18 @@ def test_a_cut_does_not_move_eight_byte_elements_off_their_multiples(tmp_path: P
 
 @given(weights(), st.sampled_from(SIZES), st.integers(1, 4), st.integers(1, 3))
 def test_any_component(
-    tmp_path_factory: pytest.TempPathFactory, w: Weights, size: tuple[int, int], workers: int, readers: int
+    tmp_path_factory: pytest.TempPathFactory, w: Weights, memory: Memory, workers: int, readers: int
 ) -> None:
-    folder = tmp_path_factory.mktemp("any")
-    with pytest.MonkeyPatch.context() as patch:
-        resize(patch, *size)
-        check(w, folder, workers, readers)
+    check(w, tmp_path_factory.mktemp("any"), workers, readers, memory=memory)
 
 
-def test_one_engine_serves_shards_of_different_slot_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_engine_serves_shards_of_different_slot_sizes(tmp_path: Path) -> None:
     """A row of blocks larger than a slot makes larger slots, and only for its shard."""
-    resize(monkeypatch, 64, 8)
     wide = random_tensor("BF16", (16, 32), 1)
     check(
         Weights([{"a": wide}, {"b.weight": wide}, {"c.weight": wide}], {"b.weight": fp8((8, 8)), "c.weight": fp8()}),
         tmp_path,
+        memory=Memory(64, 512),
     )
 
 
@@ -163,7 +158,7 @@ def group_of(shards: Sequence[Sequence[str]], dtypes: Sequence[str] = ("BF16",))
     return Weights(tensors, decisions)
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("memory", SIZES, ids=str)
 @pytest.mark.parametrize(
     "w",
     [
@@ -174,11 +169,8 @@ def group_of(shards: Sequence[Sequence[str]], dtypes: Sequence[str] = ("BF16",))
     ],
     ids=["one shard", "mixed dtypes", "two shards", "three shards"],
 )
-def test_a_group_shares_one_scale(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, w: Weights, size: tuple[int, int]
-) -> None:
-    resize(monkeypatch, *size)
-    check(w, tmp_path)
+def test_a_group_shares_one_scale(tmp_path: Path, w: Weights, memory: Memory) -> None:
+    check(w, tmp_path, memory=memory)
     outputs = [
         t for i in range(len(w.shards)) for t in reference.read_safetensors(tmp_path / f"out-{i}.safetensors").items()
     ]
@@ -187,30 +179,29 @@ def test_a_group_shares_one_scale(
     assert scales == {reference.tensor_scale(largest).tobytes()}
 
 
-def test_a_group_larger_than_the_pool_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_larger_than_the_pool_is_measured(tmp_path: Path) -> None:
     w = group_of([["q", "k", "v"]])
     assert w.write(tmp_path)[0].schedule.measured == ()
-    resize(monkeypatch, 64, 8)
-    assert w.write(tmp_path)[0].schedule.measured == ("g",)
+    assert w.write(tmp_path, memory=Memory(64, 512))[0].schedule.measured == ("g",)
 
 
 def test_amaxes_of_other_shards_change_nothing(tmp_path: Path) -> None:
     """transformer and transformer_2 have weights of the same names."""
     w = Weights([{"a.weight": random_tensor("BF16", (8, 8), 1)}], {"a.weight": fp8()})
     (plan,) = w.write(tmp_path)
+    source = LocalFiles(tmp_path).open(plan.source.path)
     with Engine() as engine:
         parts = {
             c.name: c.data.numpy().tobytes()
-            for c in stream_shard(plan, engine, amaxes={"a.weight": 1e9, "b.weight": 2.0})
+            for c in stream_shard(plan, source, engine, amaxes={"a.weight": 1e9, "b.weight": 2.0})
         }
     assert parts == {name: data for name, (_, _, data) in w.expected()[0].items()}
 
 
-def test_measure_over_shards_and_dtypes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    resize(monkeypatch, 64, 5)
+def test_measure_over_shards_and_dtypes(tmp_path: Path) -> None:
     w = group_of([["q", "k"], ["v"]], ["BF16", "F32"])
     with Engine(readers=3) as engine:
-        found = measure(w.write(tmp_path), ["g"], engine)
+        found = measure(w.write(tmp_path, memory=Memory(64, 320)), ["g"], FolderSupply(LocalFiles(tmp_path)), engine)
     assert found == {"g": max(reference.amax(s[n]) for s in w.shards for n in s if n in w.decisions)}
 
 
@@ -225,19 +216,17 @@ def poisoned(block: tuple[int, int] | None, value: float, group: str | None = No
     return Weights([tensors], dict.fromkeys(tensors, fp8(block, group)))
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("memory", SIZES, ids=str)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize(("block", "group"), [(None, None), (None, "g"), ((8, 8), None)], ids=str)
 def test_nan_and_inf_are_refused_by_name(
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
     block: tuple[int, int] | None,
     group: str | None,
     value: float,
-    size: tuple[int, int],
+    memory: Memory,
 ) -> None:
-    resize(monkeypatch, *size)
     w = poisoned(block, value, group)
     with (
         pytest.raises(
@@ -245,32 +234,28 @@ def test_nan_and_inf_are_refused_by_name(
         ),
         Engine() as engine,
     ):
-        streamed(w.write(tmp_path), engine, {}, tmp_path)
+        streamed(w.write(tmp_path, memory=memory), engine, tmp_path)
     assert capfd.readouterr().err == ""
 
 
 def test_a_source_that_changed_since_it_was_planned(tmp_path: Path) -> None:
     w = Weights([{"a.weight": random_tensor("BF16", (8, 8), 1)}], {"a.weight": fp8()})
     (plan,) = w.write(tmp_path)
-    assert plan.source.local is not None
-    content = bytearray(plan.source.local.read_bytes())
+    source = LocalFiles(tmp_path).open(plan.source.path)
+    content = bytearray(source.path.read_bytes())
     content[20] ^= 1
-    plan.source.local.write_bytes(content)
+    source.path.write_bytes(content)
     with pytest.raises(ConvertError, match="changed since it was planned"), Engine() as engine:
-        list(stream_shard(plan, engine))
+        list(stream_shard(plan, source, engine))
 
 
 @pytest.mark.parametrize("block", [None, (8, 8)], ids=str)
-def test_a_source_cut_short_while_it_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: tuple[int, int] | None
-) -> None:
-    resize(monkeypatch, 64, 9)
+def test_a_source_cut_short_while_it_is_read(tmp_path: Path, block: tuple[int, int] | None) -> None:
     w = Weights([{"a.weight": random_tensor("BF16", (64, 64), 1)}], {"a.weight": fp8(block)})
-    (plan,) = w.write(tmp_path)
-    assert plan.source.local is not None
-    os.truncate(plan.source.local, plan.source.size - 100)
+    (plan,) = w.write(tmp_path, memory=Memory(64, 576))
+    os.truncate(tmp_path / plan.source.path, plan.source.size - 100)
     with pytest.raises(ConvertError, match="became shorter"), Engine() as engine:
-        streamed([plan], engine, {}, tmp_path)
+        streamed([plan], engine, tmp_path)
 
 
 def test_a_consumer_may_stop_early(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -279,10 +264,11 @@ def test_a_consumer_may_stop_early(tmp_path: Path, caplog: pytest.LogCaptureFixt
         [{"k": random_tensor("U8", (4,), 1), "a.weight": random_tensor("BF16", (64, 64), 2)}], {"a.weight": fp8((8, 8))}
     )
     (plan,) = w.write(tmp_path)
+    source = LocalFiles(tmp_path).open(plan.source.path)
     cancelled = threading.Event()
     with Engine(workers=1) as engine:
         engine.submit(cancelled.wait)
-        with closing(cast(Generator[Chunk, None, None], stream_shard(plan, engine))) as stream:
+        with closing(stream_shard(plan, source, engine)) as stream:
             assert next(stream).name == "k"
         engine.submit(bool).add_done_callback(lambda _: cancelled.set())
     assert caplog.records == []
@@ -334,6 +320,9 @@ class Folder:
     def convert(self, **options: Any) -> dict[str, reference.Tensor]:
         """Every tensor of the output."""
         convert(self.source, self.output, manifest=str(self.root / "all.toml"), device="cpu", **options)
+        return self.tensors()
+
+    def tensors(self) -> dict[str, reference.Tensor]:
         return {
             n: t for p in sorted(self.output.glob("*.safetensors")) for n, t in reference.read_safetensors(p).items()
         }
@@ -425,8 +414,8 @@ def test_extremes(folder: Folder, dtype: str, block: tuple[int, int] | None) -> 
 def test_convolutions_per_tensor(folder: Folder, dtype: str) -> None:
     """4-D and 5-D weights of odd sizes, beside linears that are in blocks."""
     conv3d = {
-        "patch_embedding.weight": random_tensor(dtype, (7, 3, 1, 2, 3), 1),
-        "proj_out.weight": random_tensor(dtype, (9, 5), 2),
+        "patch_embedding.weight": random_tensor(dtype, (8, 3, 1, 2, 3), 1),
+        "proj_out.weight": random_tensor(dtype, (9, 12), 2),
     }
     folder.write(WAN, conv3d)
     expected = reference.fp8_weight(
@@ -442,7 +431,7 @@ def test_convolutions_per_tensor(folder: Folder, dtype: str) -> None:
 def test_convolutions_of_a_vae(folder: Folder) -> None:
     name = "encoder.conv_in.weight"
     source = {
-        name: random_tensor("F16", (5, 3, 3, 3), 1),
+        name: random_tensor("F16", (4, 3, 3, 3), 1),
         "encoder.conv_norm_out.weight": random_tensor("F16", (5,), 2),
     }
     folder.write(VAE, source)
@@ -463,14 +452,12 @@ def grouped(folder: Folder) -> dict[str, reference.Tensor]:
     return expected
 
 
-@pytest.mark.parametrize("size", SIZES[1:], ids=str)
+@pytest.mark.parametrize("memory", SIZES[1:], ids=str)
 @pytest.mark.parametrize("workers", [1, 3])
-def test_groups_through_a_conversion(
-    folder: Folder, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], workers: int
-) -> None:
+def test_groups_through_a_conversion(folder: Folder, memory: Memory, workers: int) -> None:
     expected = grouped(folder)
-    resize(monkeypatch, *size)
-    assert folder.convert(workers=workers) == expected
+    convert_in(memory, folder.source, folder.output, folder.root / "all.toml", workers)
+    assert folder.tensors() == expected
 
 
 def test_a_group_is_kept_whole_when_one_member_is_named(folder: Folder) -> None:
@@ -485,11 +472,8 @@ def test_a_group_is_kept_whole_when_one_member_is_named(folder: Folder) -> None:
     assert config["ignored_layers"] == sorted(n.removesuffix(".weight") for n in kept)
 
 
-def test_two_transformers_with_the_same_names_keep_their_own_scales(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_transformers_with_the_same_names_keep_their_own_scales(tmp_path: Path) -> None:
     """As in Wan2.2, with weights larger than the pool: amax is measured first, for each of the two."""
-    resize(monkeypatch, 256, 4)
     index = {
         "_class_name": "WanPipeline",
         **{n: ["diffusers", WAN["_class_name"]] for n in ("transformer", "transformer_2")},
@@ -504,7 +488,7 @@ def test_two_transformers_with_the_same_names_keep_their_own_scales(
         reference.write_safetensors(source / name / "diffusion_pytorch_model.safetensors", {weight: tensor})
         expected[name] = reference.fp8_weight(weight, tensor, reference.amax(tensor), None)
     (source / "model_index.json").write_text(json.dumps(index))
-    convert(source, tmp_path / "output", manifest=str(tmp_path / "all.toml"), device="cpu")
+    convert_in(Memory(256, 1024), source, tmp_path / "output", tmp_path / "all.toml")
     assert expected["transformer"] != expected["transformer_2"]
     for name, tensors in expected.items():
         path = tmp_path / "output" / name / "diffusion_pytorch_model.safetensors"

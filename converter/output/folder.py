@@ -1,0 +1,84 @@
+"""What stands in an output folder already: nothing that is not this project's is replaced, and no link is followed."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from ..format.layout import MAX_RECORD_BYTES, RECORD_FILE, STAGING
+from ..format.untrusted import parse_json, read_whole
+from ..telling.errors import ConvertError
+from .journal import read_journal
+
+
+def refuse_links(folder: Path, paths: Collection[str]) -> None:
+    """Raise ConvertError where writing `paths` would follow a link out of the folder, or meet something else."""
+    parents = {parent.as_posix() for path in paths for parent in Path(path).parents} - {"."}
+    for name in (STAGING, *sorted(parents)):
+        mode = _mode(folder / name)
+        if mode is not None and stat.S_ISLNK(mode):
+            raise ConvertError(f"{folder / name} is a symbolic link, and nothing is written through one; remove it.")
+        if mode is not None and not stat.S_ISDIR(mode):
+            raise ConvertError(f"{folder / name} is no folder, and the output needs one there; remove it.")
+    for path in sorted(paths):
+        mode = _mode(folder / path)
+        if mode is not None and stat.S_ISDIR(mode):
+            raise ConvertError(f"{folder / path} is a folder, and a file of the output goes there; remove it.")
+    for where, folders, names in os.walk(folder / STAGING):
+        for name in (*folders, *names):
+            if Path(where, name).is_symlink():
+                raise ConvertError(f"{Path(where, name)} is a symbolic link; remove the folder {folder / STAGING}.")
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raise ConvertError for files in the folder that neither its record nor its journal names."""
+    present = {*_files(folder)}
+    foreign = sorted(present - own_files(folder))
+    if not foreign:
+        return
+    if RECORD_FILE in present and _recorded(folder) is None:
+        raise ConvertError(
+            f"{folder / RECORD_FILE} is damaged, so that fp8-convert's files cannot be told from others; remove the "
+            "folder, or choose another folder."
+        )
+    if RECORD_FILE not in present and not (folder / STAGING).exists():
+        raise ConvertError(f"{folder} exists and is no output of fp8-convert; choose another folder or remove it.")
+    more = f" and {len(foreign) - 1} other files" if len(foreign) > 1 else ""
+    raise ConvertError(
+        f"{folder} holds {foreign[0]}{more}, which fp8-convert did not write there; move what you need away, or choose "
+        "another folder."
+    )
+
+
+def own_files(folder: Path) -> set[str]:
+    """Files in the folder that its record or its journal names, whatever version wrote them."""
+    journal = read_journal(folder)
+    journalled = journal.replaces | journal.paths if journal else frozenset()
+    return {RECORD_FILE, *(_recorded(folder) or ()), *journalled} & {*_files(folder)}
+
+
+def _recorded(folder: Path) -> set[str] | None:
+    """The files that the folder's record names, None where there is no record that says."""
+    try:
+        return {*parse_json(read_whole(folder / RECORD_FILE, RECORD_FILE, MAX_RECORD_BYTES))["files"]}
+    except (ConvertError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """Every file in the folder by its path below it, links included and never followed; the staging folder left out."""
+    for where, folders, names in os.walk(folder):
+        below = Path(where).relative_to(folder)
+        if below == Path():
+            folders[:] = [name for name in folders if name != STAGING]
+        for name in (*names, *(f for f in folders if Path(where, f).is_symlink())):
+            yield (below / name).as_posix()
+
+
+def _mode(path: Path) -> int | None:
+    try:
+        return path.lstat().st_mode
+    except OSError:
+        return None

@@ -1,0 +1,253 @@
+"""The making of a plan, from headers alone: every tensor's decision, every output shard, every byte counted.
+
+Pure: a described snapshot and a recipe in, a frozen `Plan` out. What can be wrong with the input is found here, before
+anything is downloaded or written.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from ..format import layout
+from ..snapshot.modules import ModuleMap, module_map
+from ..snapshot.source import CONFIG, MODEL_INDEX, Component, LeftOut, Snapshot
+from ..telling.errors import ConvertError
+from ..telling.quantities import byte_count
+from .component import encode_index, plan_component
+from .coverage import kept_note, nothing_converted, unnamed_notes, why_unnamed
+from .decide import PlannedTensor, check_patterns, decide, expand_aliases, is_dit, keep_all
+from .manifest import ComponentRules
+from .matching import Match, components_of, match_entries, match_tables, refuse_problems, why_unmatched
+from .plan import ComponentPlan, Plan
+from .recipe import Recipe
+from .schedule import MEMORY, Memory
+from .unquantized import check_unquantized
+
+_MOST_NOTES = 4  # on files that are left out for one reason
+
+
+def make_plan(snapshot: Snapshot, recipe: Recipe, memory: Memory = MEMORY) -> Plan:
+    """Decide every tensor of the snapshot and lay out every output file. Raises ConvertError for what cannot be.
+
+    memory: what the conversion of a shard may take; the order of an output's tensors follows from it.
+    """
+    refuse_problems(recipe.manifest, match_tables(recipe.manifest, snapshot))
+    chosen = {c.name: _rules_of(c, recipe) for c in snapshot.components}
+    _check_components(snapshot, recipe, chosen)
+    maps = {c.name: module_map(c) for c in snapshot.components if chosen[c.name] is not None}
+    _check_entries(snapshot, recipe, maps)
+    decisions, notes, problems = _decide_all(snapshot, recipe, chosen, maps)
+    if not any(t.decision.fp8 for tensors in decisions.values() for t in tensors.values()):
+        asked = _user_patterns(recipe, chosen)
+        raise nothing_converted(snapshot, recipe.manifest, chosen, decisions, problems, asked)
+    notes += _coverage_notes(snapshot, recipe, chosen, decisions, problems)
+    decisions = _with_input_scales(decisions, recipe)
+    components = tuple(
+        plan_component(c, chosen[c.name], decisions[c.name], recipe, problems.get(c.name), memory)
+        for c in snapshot.components
+    )
+    files = _json_files(components)
+    notes = [*snapshot.remarks, *_left_out_notes(snapshot.left_out), *notes, *_compact_notes(recipe, components)]
+    sidecars = {p: snapshot.files.sizes()[p] for p in snapshot.sidecars if p not in files}
+    return Plan(snapshot, recipe, components, files, sidecars, tuple(notes))
+
+
+def _json_files(components: Iterable[ComponentPlan]) -> dict[str, bytes]:
+    """The configs and indices to write."""
+    files = {}
+    for component in components:
+        if component.config is not None:
+            files[component.source.path(CONFIG)] = layout.encode_json(component.config)
+        if sum(len(shard.files) for shard in component.shards) > 1:
+            files[component.source.path(layout.index_name(component.source.stem))] = encode_index(component)
+    return files
+
+
+def _compact_notes(recipe: Recipe, components: Iterable[ComponentPlan]) -> list[str]:
+    stored = (t.decision.mode == layout.STORAGE for c in components if c.rules and is_dit(c.rules) for t in c.tensors)
+    if not recipe.compact or any(stored):
+        return []
+    return ["--compact changes nothing here: no DiT layer that is converted has an FP8 storage rule"]
+
+
+def _left_out_notes(left_out: Iterable[LeftOut]) -> list[str]:
+    """What is not carried over and why, in a few lines however many folders there are."""
+    by_reason: dict[str, list[LeftOut]] = defaultdict(list)
+    for item in left_out:
+        by_reason[item.reason].append(item)
+    notes = []
+    for reason, items in by_reason.items():
+        shown, rest = (items, []) if len(items) <= _MOST_NOTES else (items[: _MOST_NOTES - 1], items[_MOST_NOTES - 1 :])
+        for item in shown:
+            path = "".join(c if c.isprintable() else "?" for c in item.path)
+            if item.files == 1:
+                notes.append(f"{path} ({byte_count(item.bytes)}) is left out: {reason}")
+            else:
+                place = f"beside {MODEL_INDEX}" if path == "./" else f"in {path}"
+                notes.append(f"{item.files} files {place} ({byte_count(item.bytes)}) are left out: {reason}")
+        if rest:
+            count, size = sum(item.files for item in rest), byte_count(sum(item.bytes for item in rest))
+            notes.append(f"{count} files in {len(rest)} other places ({size}) are left out: {reason}")
+    return notes
+
+
+def _rules_of(component: Component, recipe: Recipe) -> ComponentRules | None:
+    """The manifest's rules for a component that is to be converted, None for one that is only copied."""
+    rules = recipe.manifest.rules_for(component.name, component.class_name)
+    selected = not recipe.components or component.name in recipe.components
+    return rules if rules is not None and rules.mode != "keep" and selected else None
+
+
+def _check_components(snapshot: Snapshot, recipe: Recipe, chosen: Mapping[str, ComponentRules | None]) -> None:
+    names = [c.name for c in snapshot.components]
+    for name in recipe.components:
+        if name not in names:
+            raise ConvertError(f"{snapshot.label} has no component {name!r} with weights; it has {', '.join(names)}.")
+        if chosen[name] is None:
+            raise ConvertError(
+                f"The manifest {recipe.manifest.name} does not convert {name}; drop --component {name} or pass another "
+                "--manifest."
+            )
+    for component in snapshot.components:
+        if chosen[component.name] is not None:
+            check_unquantized(component, snapshot.label)
+    dits = [rules for rules in chosen.values() if rules is not None and is_dit(rules)]
+    for given, option in (
+        (recipe.ignored_layers, "--ignored-layers"),
+        (recipe.block, "--weight-block-size"),
+        (recipe.input_scales, "--input-scales"),
+    ):
+        if given and not dits:
+            raise ConvertError(f"{option} applies to the DiT, and none is converted here; drop the option.")
+
+
+def _check_entries(snapshot: Snapshot, recipe: Recipe, maps: Mapping[str, ModuleMap]) -> None:
+    """Refuse a manifest with an entry that matches nothing in the components that are converted, `maps`.
+
+    What a table says may be meant for others of its components: those are asked before it is refused.
+    """
+    manifest = recipe.manifest
+    if manifest.optional:
+        return
+    for table in manifest.components:
+        components = components_of(manifest, table, snapshot)
+        selected = [c for c in components if c.name in maps]
+        if selected and any(m.problem for m in _matches_in(selected, table, recipe, maps)):
+            refuse_problems(manifest, _matches_in(components, table, recipe, maps))
+
+
+def _matches_in(
+    components: Sequence[Component], table: ComponentRules, recipe: Recipe, maps: Mapping[str, ModuleMap]
+) -> list[Match]:
+    """What the table's entries match in the components; empty where that cannot be said of one of them."""
+    known = [maps.get(c.name) or module_map(c) for c in components]
+    if any(why_unmatched(c, m) for c, m in zip(components, known, strict=True)):
+        return []
+    return match_entries(recipe.manifest, table, components, known)
+
+
+def _decide_all(
+    snapshot: Snapshot,
+    recipe: Recipe,
+    chosen: Mapping[str, ComponentRules | None],
+    maps: Mapping[str, ModuleMap],
+) -> tuple[dict[str, dict[str, PlannedTensor]], list[str], dict[str, str]]:
+    """Decisions by component and tensor name, notes for the user, and why classes could not be built."""
+    decisions: dict[str, dict[str, PlannedTensor]] = {}
+    notes: list[str] = []
+    problems: dict[str, str] = {}
+    layers: list[str] = []
+    groups = [g for r in chosen.values() if r is not None and is_dit(r) for g in r.fusion_groups]
+    for component in snapshot.components:
+        rules = chosen[component.name]
+        tensors = list(component.tensors)
+        if rules is None:
+            decided = keep_all(tensors, "component", _why_kept(component, recipe))
+        else:
+            modules = maps[component.name]
+            dit = is_dit(rules)
+            if modules.problem:
+                problems[component.name] = modules.problem
+                notes.append(f"{component.label} stays as it is: {modules.problem}")
+            if dit:
+                layers += [name for name, kind in modules.kinds.items() if kind in rules.kinds]
+            decided, said = decide(
+                tensors,
+                rules,
+                modules,
+                user_patterns=expand_aliases(recipe.ignored_layers, rules.fusion_groups) if dit else (),
+                compact=recipe.compact,
+                block=(recipe.block if dit else None) or rules.weight_block_size,
+            )
+            notes += said
+        decisions[component.name] = {t.info.name: t for t in decided}
+    if not any(name in problems for name, rules in chosen.items() if rules is not None and is_dit(rules)):
+        check_patterns(recipe.ignored_layers, groups, layers)
+    return decisions, list(dict.fromkeys(notes)), problems
+
+
+def _coverage_notes(
+    snapshot: Snapshot,
+    recipe: Recipe,
+    chosen: Mapping[str, ComponentRules | None],
+    decisions: Mapping[str, Mapping[str, PlannedTensor]],
+    problems: Mapping[str, str],
+) -> list[str]:
+    """What stays as it is and might surprise. Raises ConvertError for a DiT of which next to nothing becomes FP8."""
+    asked = _user_patterns(recipe, chosen)
+    notes = [] if recipe.components else unnamed_notes(snapshot, recipe.manifest)
+    for component in snapshot.components:
+        rules = chosen[component.name]
+        if rules is None or component.name in problems:
+            continue
+        tensors = list(decisions[component.name].values())
+        note = kept_note(component.label, tensors, rules, asked, recipe.manifest.name)
+        notes += [note] if note else []
+    return notes
+
+
+def _user_patterns(recipe: Recipe, chosen: Mapping[str, ComponentRules | None]) -> set[str]:
+    """The user's ignored layers as decisions name them, aliases expanded."""
+    groups = [g for rules in chosen.values() if rules is not None and is_dit(rules) for g in rules.fusion_groups]
+    return set(expand_aliases(recipe.ignored_layers, groups))
+
+
+def _why_kept(component: Component, recipe: Recipe) -> str:
+    if recipe.components and component.name not in recipe.components:
+        return "not among the components asked for"
+    rules = recipe.manifest.rules_for(component.name, component.class_name)
+    if rules is None:
+        return why_unnamed(component, recipe.manifest)
+    return rules.why or f"the manifest {recipe.manifest.name} does not convert it"
+
+
+def _with_input_scales(
+    decisions: dict[str, dict[str, PlannedTensor]], recipe: Recipe
+) -> dict[str, dict[str, PlannedTensor]]:
+    """The decisions with the activation scale of every W8A8 module; a fusion group shares its maximum."""
+    if recipe.input_scales is None:
+        return decisions
+    given = recipe.input_scales
+    w8a8 = [t for tensors in decisions.values() for t in tensors.values() if t.decision.mode == layout.W8A8]
+    for tensor in w8a8:
+        if tensor.module not in given:
+            raise ConvertError(
+                f"The input scales lack {tensor.module}{layout.INPUT_SCALE}; calibrate it or name the layer in "
+                "--ignored-layers."
+            )
+    if unknown := sorted(set(given) - {t.module for t in w8a8}):
+        raise ConvertError(f"The input scales name {unknown[0]}, which is no W8A8 layer of this plan; remove it.")
+    largest: dict[str, float] = defaultdict(float)
+    for tensor in w8a8:
+        domain = tensor.decision.group or tensor.module
+        largest[domain] = max(largest[domain], given[tensor.module])
+
+    def scaled(tensor: PlannedTensor) -> PlannedTensor:
+        if tensor.decision.mode != layout.W8A8:
+            return tensor
+        scale = largest[tensor.decision.group or tensor.module]
+        return replace(tensor, decision=replace(tensor.decision, input_scale=scale))
+
+    return {component: {n: scaled(t) for n, t in tensors.items()} for component, tensors in decisions.items()}

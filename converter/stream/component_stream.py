@@ -1,0 +1,67 @@
+"""One component from its plan to the chunks of its output: what disk, loader and verification have in common.
+
+They differ in what they do with the chunks. Which groups have to be measured before a shard, and in which shards their
+members lie, is known here alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..plan.plan import ComponentPlan, ShardPlan
+from ..snapshot.source import SourceFile
+from .engine import Engine
+from .measuring import measure, measured_bytes
+from .shard_stream import Chunk, stream_shard
+from .supply import Supply
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+
+@dataclass(frozen=True)
+class ShardStream:
+    """A shard whose conversion begins: the file that is read, the chunks to come, and the digest that grows with them.
+
+    digest: of the source file, where somebody asked for it.
+    """
+
+    plan: ShardPlan
+    source: SourceFile
+    chunks: Generator[Chunk, None, None]
+    digest: _Hash | None = None
+
+    @property
+    def sha256(self) -> str:
+        """The source file's digest, once the chunks came to their end."""
+        assert self.digest is not None, "no digest was asked for"
+        return self.digest.hexdigest()
+
+
+def convert_component(
+    component: ComponentPlan,
+    supply: Supply,
+    engine: Engine,
+    *,
+    shards: Sequence[ShardPlan] | None = None,
+    hashed: bool = False,
+    on_measured: Callable[[int], None] = lambda _: None,
+) -> Generator[ShardStream, None, None]:
+    """Yield the component's shards one after the other; a shard's chunks are to be taken before the next is asked for.
+
+    shards: those to convert, in order; None is all. hashed: whether the source's digest is wanted, which costs time.
+    on_measured: told the bytes that were read to measure fusion groups. Raises ConvertError.
+    """
+    amaxes: dict[str, float] = {}
+    for shard in component.shards if shards is None else shards:
+        source = supply.open(shard.source)
+        if missing := [group for group in shard.schedule.measured if group not in amaxes]:
+            amaxes |= measure(component.shards, missing, supply, engine)
+            on_measured(measured_bytes(component.shards, missing))
+        digest = hashlib.sha256() if hashed else None
+        with closing(stream_shard(shard, source, engine, amaxes=amaxes, hasher=digest)) as chunks:
+            yield ShardStream(shard, source, chunks, digest)
