@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fp8_convert.converter.format.header import TensorInfo, read_header
 from fp8_convert.converter.format.layout import STORAGE, W8A8, WeightFormat
 from fp8_convert.converter.output.run import run
+from fp8_convert.converter.output.work import Work
 from fp8_convert.converter.plan.component import plan_shard
 from fp8_convert.converter.plan.decide import Decision, PlannedTensor
 from fp8_convert.converter.plan.manifest import load_manifest
@@ -110,7 +111,7 @@ def whole(shards: Sequence[ShardPlan]) -> ComponentPlan:
 def convert_in(memory: Memory, source: Path, output: Path, manifest: Path, workers: int = 2) -> None:
     """Convert as `convert` does, in other memory than it takes."""
     plan = make_plan(describe(LocalFiles(source)), Recipe(load_manifest(str(manifest))), memory)
-    run(plan, output, device="cpu", workers=workers, progress=Silent())
+    run(plan, output, Work(device="cpu", workers=workers), Silent())
 
 
 def fp8(block: tuple[int, int] | None = None, group: str | None = None) -> Decision:
