@@ -48,7 +48,7 @@ class Request:
         """
         wanted = self._by_component([c.name for c in snapshot.components])
         if any(is_converted(c) for c in snapshot.components):
-            self._check_agrees(snapshot, wanted)
+            self._check_agrees(snapshot, wanted, only)
             return None
         if self.quantization is None and self.quantization_config is None:
             label = f"{snapshot.label}" if only is None else f"{only or snapshot.label}"
@@ -64,8 +64,8 @@ class Request:
 
     def _of_all(self) -> dict[str, Any]:
         """What is asked of every component alike, where it is asked."""
-        stated = {"manifest": self.manifest, "compact": self.compact}
-        return {key: value for key, value in stated.items() if value not in (None, False)}
+        manifest = {} if self.manifest is None else {"manifest": self.manifest}
+        return manifest if self.compact is False else {**manifest, "compact": self.compact}
 
     def _by_component(self, names: Sequence[str]) -> dict[str, Settings | None]:
         config = {} if self.quantization_config is None else self.quantization_config
@@ -89,15 +89,16 @@ class Request:
 
     # A snapshot that is converted already is what it is.
 
-    def _check_agrees(self, snapshot: Snapshot, wanted: Mapping[str, Settings | None]) -> None:
-        converted = [c for c in snapshot.components if is_converted(c)]
+    def _check_agrees(self, snapshot: Snapshot, wanted: Mapping[str, Settings | None], only: str | None) -> None:
+        asked_for = [c for c in snapshot.components if only is None or c.name == only]
+        converted = [c for c in asked_for if is_converted(c)]
         if self.quantization_config is not None:
             groups = _fusion_groups(snapshot)
             for component in converted:
                 alone = component.name in wanted
                 settings = wanted[component.name] if alone else wanted.get("")
                 _check_component(component, settings, alone, groups.get(component.name, ()))
-            kept = {c.name for c in snapshot.components} - {c.name for c in converted}
+            kept = {c.name for c in asked_for} - {c.name for c in converted}
             if asked := sorted(name for name in kept if wanted.get(name) is not None):
                 raise SettingsError(
                     f"{snapshot.label} is converted already but for {asked[0]}, and quantization_config asks for it in "

@@ -208,9 +208,11 @@ def _differences(stated: Any, expected: Any, where: str) -> Iterator[str]:
 def _recipe(root: Path, record: Record, snapshot: Snapshot, manifest: Manifest) -> Recipe:
     """The recipe that the record states."""
     stated = {key: getattr(record.recipe, key) for key in _RECIPE_KEYS}
-    if record.recipe.input_scales_sha256:
-        stated["input_scales"] = _stored_input_scales(root, record)
-    return Settings.read(stated).resolve(snapshot, manifest)
+    if not record.recipe.input_scales_sha256:
+        return Settings.read(stated).resolve(snapshot, manifest)
+    # The file of scales is not here, but the scales are.
+    scheme, scales = stated.pop("activation_scheme"), _stored_input_scales(root, record)
+    return replace(Settings.read(stated).resolve(snapshot, manifest), activation_scheme=scheme, input_scales=scales)
 
 
 def _stored_input_scales(root: Path, record: Record) -> dict[str, float]:

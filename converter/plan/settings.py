@@ -29,7 +29,7 @@ _ALIASES = {"method": "quantization"}  # vLLM's name in a quantization_config
 class Settings:
     """One conversion's settings, by the names of `convert`'s arguments. Raises SettingsError where they contradict.
 
-    input_scales: the file of the static scheme's activation scales, or the scales by module.
+    input_scales: the file of the static scheme's activation scales.
     given: the names of those that were stated rather than left to their default.
     """
 
@@ -40,7 +40,7 @@ class Settings:
     compact: bool = False
     weight_block_size: Block | None = None
     activation_scheme: str = "dynamic"
-    input_scales: Path | Mapping[str, float] | None = None
+    input_scales: Path | None = None
     max_shard_size: int | None = None
     given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
@@ -70,12 +70,11 @@ class Settings:
 
     def own_manifest(self) -> Manifest | None:
         """The manifest that was asked for, None where the source chooses it."""
-        return load_manifest(self.manifest) if self.manifest else None
+        return None if self.manifest is None else load_manifest(self.manifest)
 
     def resolve(self, snapshot: Snapshot, manifest: Manifest | None = None) -> Recipe:
         """All that the output depends on: with the manifest (read already, or found now) and the input scales."""
         classes = {c.name: c.class_name for c in snapshot.components}
-        scales = self.input_scales
         rules = manifest or self.own_manifest() or choose_manifest(snapshot.repo, snapshot.pipeline, classes)
         return Recipe(
             manifest=rules,
@@ -84,7 +83,7 @@ class Settings:
             compact=self.compact,
             block=self.weight_block_size,
             activation_scheme=self.activation_scheme,
-            input_scales=read_input_scales(scales) if isinstance(scales, Path) else scales,
+            input_scales=None if self.input_scales is None else read_input_scales(self.input_scales),
             max_shard_size=self.max_shard_size,
         )
 
@@ -149,16 +148,20 @@ def _block(value: Any) -> Block | None:
 
 
 def _text(value: Any) -> str | None:
-    return None if value is None else os.fspath(value)
-
-
-def _scales(value: Any) -> Path | dict[str, float] | None:
-    if isinstance(value, Mapping):
-        return dict(value)
     if value is None:
         return None
-    check_text(value, "The path of the input scales")
-    return Path(value)
+    text = os.fspath(value)
+    if not isinstance(text, str) or not text:
+        raise ValueError
+    return text
+
+
+def _path(value: Any) -> Path | None:
+    text = _text(value)
+    if text is None:
+        return None
+    check_text(text, "The path of the input scales")
+    return Path(text)
 
 
 _SETTINGS: Mapping[str, _Setting] = {
@@ -170,6 +173,6 @@ _SETTINGS: Mapping[str, _Setting] = {
     "compact": _Setting(_flag, "use true or false"),
     "weight_block_size": _Setting(_block, "use two positive numbers, such as [128, 128], or none"),
     "activation_scheme": _Setting(_one_of(*ACTIVATION_SCHEMES), "use 'dynamic' or 'static'"),
-    "input_scales": _Setting(_scales, "use the path of a safetensors file"),
+    "input_scales": _Setting(_path, "use the path of a safetensors file"),
     "max_shard_size": _Setting(parse_size, "use a size such as 5GB or 500MB"),
 }

@@ -222,8 +222,9 @@ def test_settings_that_a_converted_snapshot_contradicts(name: str) -> None:
     options, message = SNAPSHOT_SETTINGS[name]
     with pytest.raises(ValueError, match=message):
         load_pipeline(converted(SOURCE), device="cpu", **options)
-    with pytest.raises(ValueError, match=message):
-        load(**options)
+    if name != "kept":  # of another component, which load_component does not load
+        with pytest.raises(ValueError, match=message):
+            load(**options)
 
 
 def test_settings_that_a_converted_snapshot_was_made_with(tmp_path: Path) -> None:

@@ -31,6 +31,14 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no-name": ({"ignored_layers": [1]}, "ignored_layers is [1]; use a list of names, such as ['img_mlp']."),
     "scheme": ({"activation_scheme": "per_token"}, "activation_scheme is 'per_token'; use 'dynamic' or 'static'."),
+    "scales-by-name": (
+        {"activation_scheme": "static", "input_scales": {"layer": 1.0}},
+        "input_scales is {'layer': 1.0}; use the path of a safetensors file.",
+    ),
+    "scales-empty": (
+        {"activation_scheme": "static", "input_scales": ""},
+        "input_scales is ''; use the path of a safetensors file.",
+    ),
     "no-scales": (
         {"activation_scheme": "static"},
         "The static activation scheme needs calibrated scales; pass them with --input-scales FILE.",
@@ -45,6 +53,15 @@ OFFLINE: dict[str, tuple[dict[str, Any], str]] = {
     "compact": ({"compact": "yes"}, "compact is 'yes'; use true or false."),
     "size": ({"max_shard_size": "5 apples"}, "max_shard_size is '5 apples'; use a size such as 5GB or 500MB."),
     "manifest": ({"manifest": 3}, "manifest is 3; use the name of a shipped manifest, or the path of a TOML file."),
+    "manifest-bytes": (
+        {"manifest": b"z-image"},
+        "manifest is b'z-image'; use the name of a shipped manifest, or the path of a TOML file.",
+    ),
+    "manifest-empty": (
+        {"manifest": ""},
+        "manifest is ''; use the name of a shipped manifest, or the path of a TOML file.",
+    ),
+    "compact-number": ({"compact": 0}, "compact is 0; use true or false."),
     "format": ({"quantization": "int8"}, "quantization is 'int8'; the only one is 'fp8'."),
     "device": ({"device": "gpu"}, "The device 'gpu' is unknown; use auto, cpu or cuda."),
     "workers": ({"workers": -1}, "workers is -1; use a positive number, or none."),
@@ -77,7 +94,7 @@ def test_a_mistake_is_one_sentence_at_every_door(mistake: str, door: str, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("mistake", [m for m in MISTAKES if m not in ("no-scales", "static-blocks")])
+@pytest.mark.parametrize("mistake", [m for m in MISTAKES if "scales" not in m and m != "static-blocks"])
 def test_and_in_a_config_for_diffusers(mistake: str) -> None:
     options, sentence = MISTAKES[mistake]
     with pytest.raises(SettingsError) as caught:
@@ -91,7 +108,7 @@ def test_mistakes_that_only_a_conversion_can_make(mistake: str, tmp_path: Path) 
     with pytest.raises(SettingsError) as caught:
         convert(saved("z_image"), tmp_path / "out", **options)
     assert str(caught.value) == sentence
-    if mistake in ("compact", "manifest", "format"):
+    if not {*options} & {"components", "max_shard_size", "device", "workers"}:
         with pytest.raises(SettingsError) as caught:
             load_pipeline(saved("z_image"), device="cpu", **{"quantization": "fp8", **options})
         assert str(caught.value) == sentence
@@ -153,6 +170,12 @@ def test_what_contradicts_a_converted_snapshot(name: str) -> None:
     if name in ("alias", "typo", "stored", "dynamic"):
         with pytest.raises(ConvertError, match=message):
             load_component(snapshot, "transformer", device="cpu", quantization_config=config)
+
+
+def test_a_component_is_asked_for_alone() -> None:
+    """What a config says of the others is not its affair."""
+    for source in (saved("z_image"), converted("z_image")):
+        assert load_component(source, "transformer", device="cpu", quantization_config={"transformer": {}}) is not None
 
 
 def test_every_error_is_one_family() -> None:
