@@ -326,7 +326,7 @@ def demo_command(output: Path) -> None:
     Example: fp8-convert demo
     """
     with _errors():
-        from ..demo import run_demo
+        from .demo import run_demo
 
         run_demo(output, click.echo)
 

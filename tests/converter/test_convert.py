@@ -18,7 +18,7 @@ from reference import Tensor, amax, fp8_weight, read_safetensors
 from safetensors.torch import load_file, save_file
 
 from fp8_convert.converter import ConvertError, convert, plan_conversion, verify
-from fp8_convert.converter.demo import run_demo
+from fp8_convert.converter.cli.demo import run_demo
 from fp8_convert.converter.telling.progress import Silent
 
 QWEN_TEXT = r"model\.layers\.\d+\.(self_attn\.[qo]_proj|mlp\.(gate|up|down)_proj)"

@@ -16,10 +16,8 @@ import fp8_convert
 
 PACKAGE = Path(fp8_convert.__file__).parent
 # Each may import those before it, and modules of its own floor.
-FLOORS = ("telling", "format", "snapshot", "plan", "stream", "output", "checks", "doors", "cli", "demo")
+FLOORS = ("telling", "format", "snapshot", "plan", "stream", "output", "checks", "doors", "cli")
 DOORS = ("conversion", "verification", "inspection", "finished", "tiny")  # modules at the converter's root
-# The command line starts the demo, which prints with what the command line prints with.
-UPWARD = {("converter.cli.commands", "converter.demo")}
 
 Imports = Mapping[str, Mapping[str, int]]
 """{module: {imported module: line}}, by dotted names below fp8_convert."""
@@ -96,7 +94,7 @@ def upward(imports: Imports) -> list[str]:
     found = []
     for module, targets in imports.items():
         for target, line in targets.items():
-            if (module, target) in UPWARD or not (module.startswith("converter.") and target.startswith("converter.")):
+            if not (module.startswith("converter.") and target.startswith("converter.")):
                 continue
             low, high = floor(module), floor(target)
             if low and high and FLOORS.index(low) < FLOORS.index(high):
@@ -143,7 +141,7 @@ def test_no_circle(source: Source) -> None:
 def test_only_the_demo_imports_the_loader(source: Source) -> None:
     others = {m: targets for m, targets in source.imports.items() if not m.startswith("loader")}
     found = {module for module, targets in others.items() if any(t.startswith("loader") for t in targets)}
-    assert found == {"converter.demo"}
+    assert found == {"converter.cli.demo"}
 
 
 def test_the_loader_imports_nothing_of_the_command_line(source: Source) -> None:
@@ -151,7 +149,7 @@ def test_the_loader_imports_nothing_of_the_command_line(source: Source) -> None:
         f"{module}:{line} imports {target}"
         for module, targets in source.imports.items()
         for target, line in targets.items()
-        if module.startswith("loader") and floor(target) in ("cli", "demo")
+        if module.startswith("loader") and floor(target) == "cli"
     ]
     assert found == []
 
@@ -159,7 +157,7 @@ def test_the_loader_imports_nothing_of_the_command_line(source: Source) -> None:
 def test_contributing_says_the_same_order() -> None:
     text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
     order = text.partition("`telling < ")[2].partition("`")[0].replace("conversion, verification, inspection", "doors")
-    assert ("telling", *order.split(" < "), "demo") == FLOORS
+    assert ("telling", *order.split(" < ")) == FLOORS
 
 
 # The reader of imports itself: were it blind, everything above would pass.

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from fp8_convert.converter import convert, inspect, plan_conversion
 from fp8_convert.converter.cli.commands import main
+from fp8_convert.converter.cli.demo import build_tiny_pipeline
 from fp8_convert.converter.cli.render import render_inspection, render_manifests, render_plan
-from fp8_convert.converter.demo import build_tiny_pipeline
 from fp8_convert.converter.plan.manifest import shipped
 from fp8_convert.converter.plan.plan import Plan
 from fp8_convert.converter.plan.showing import rows

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from fp8_convert.converter import ConvertError, ResumableError, convert, plan_conversion, verify
 from fp8_convert.converter.cli.commands import main
-from fp8_convert.converter.demo import build_tiny_pipeline
+from fp8_convert.converter.cli.demo import build_tiny_pipeline
 from fp8_convert.converter.output.run import run
 from fp8_convert.converter.output.work import Work
 from fp8_convert.converter.plan import planning

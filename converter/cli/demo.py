@@ -9,16 +9,16 @@ from pathlib import Path
 
 import torch
 
-from .cli.render import render_inspection, render_result, render_verification
-from .conversion import convert
-from .format.layout import RECORD_FILE
-from .inspection import inspect
-from .output.record import load_record
-from .snapshot.building import quiet_libraries
-from .telling.errors import ConvertError
-from .telling.progress import bars_of_libraries
-from .tiny import tiny_pipeline
-from .verification import verify
+from ..conversion import convert
+from ..format.layout import RECORD_FILE
+from ..inspection import inspect
+from ..output.record import load_record
+from ..snapshot.building import quiet_libraries
+from ..telling.errors import ConvertError
+from ..telling.progress import bars_of_libraries
+from ..tiny import tiny_pipeline
+from ..verification import verify
+from .render import render_inspection, render_result, render_verification
 
 # Goes with the pipeline into its output, and so into the record, by which a rerun knows what it may replace.
 _README = "A tiny pipeline with random weights, made by `fp8-convert demo`. It paints noise; delete it at will.\n"
@@ -46,7 +46,7 @@ def run_demo(output: Path, say: Callable[[str], None]) -> None:
         say("")
         say(render_verification(verify(output, source=source)).replace(str(source), "the source"))
     # The demo stands above both halves, and nothing else here imports the loader; late, so that it can speak at once.
-    from ..loader import load_pipeline, report
+    from ...loader import load_pipeline, report
 
     with bars_of_libraries():
         pipeline = load_pipeline(output)
