@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fp8_convert.converter.format.header import TensorInfo, read_header
 from fp8_convert.converter.format.layout import STORAGE, W8A8, WeightFormat
 from fp8_convert.converter.output.run import run
+from fp8_convert.converter.output.work import Work
 from fp8_convert.converter.plan.component import plan_shard
 from fp8_convert.converter.plan.decide import Decision, PlannedTensor
 from fp8_convert.converter.plan.manifest import load_manifest
@@ -19,7 +20,9 @@ from fp8_convert.converter.plan.plan import ComponentPlan, ShardPlan
 from fp8_convert.converter.plan.planning import make_plan
 from fp8_convert.converter.plan.recipe import Recipe
 from fp8_convert.converter.plan.schedule import MEMORY, Memory
-from fp8_convert.converter.snapshot.source import Component, LocalFiles, Shard, describe
+from fp8_convert.converter.snapshot.describing import describe
+from fp8_convert.converter.snapshot.files import LocalFiles
+from fp8_convert.converter.snapshot.snapshot import Component, Shard
 from fp8_convert.converter.telling.progress import Silent
 
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8, "U8": 1, "BOOL": 1}
@@ -109,8 +112,9 @@ def whole(shards: Sequence[ShardPlan]) -> ComponentPlan:
 
 def convert_in(memory: Memory, source: Path, output: Path, manifest: Path, workers: int = 2) -> None:
     """Convert as `convert` does, in other memory than it takes."""
-    plan = make_plan(describe(LocalFiles(source)), Recipe(load_manifest(str(manifest))), memory)
-    run(plan, output, device="cpu", workers=workers, progress=Silent())
+    files = LocalFiles(source)
+    plan = make_plan(describe(files), Recipe(load_manifest(str(manifest))), memory)
+    run(plan, files, output, Work(device="cpu", workers=workers), Silent())
 
 
 def fp8(block: tuple[int, int] | None = None, group: str | None = None) -> Decision:
