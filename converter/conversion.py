@@ -15,8 +15,9 @@ from .output.work import Work
 from .plan.manifest import choose_manifest
 from .plan.settings import Settings
 from .snapshot.access import HubAccess
+from .snapshot.describing import outline
+from .snapshot.files import Files
 from .snapshot.locate import describe_source, open_files
-from .snapshot.source import Files, outline
 from .telling.errors import ConvertError
 from .telling.notebook import one_line
 from .telling.progress import Progress, Silent
@@ -104,8 +105,8 @@ def plan_conversion(
     progress: Progress | None = None,
 ) -> Plan:
     """Plan a conversion from headers alone; a Hub id is not downloaded. Arguments are those of `convert`."""
-    settings = Settings.among(locals())
-    return _plan(source, settings, options or HubAccess(), progress or Silent())
+    settings, access = Settings.among(locals()), options or HubAccess()
+    return _plan(open_files(source, access), settings, access, progress or Silent())
 
 
 def convert(
@@ -171,14 +172,15 @@ def convert_with(
 ) -> Result:
     """As `convert`, from its settings."""
     started = time.monotonic()
-    plan = _plan(source, settings, access, progress)
+    files = open_files(source, access)
+    plan = _plan(files, settings, access, progress)
     _check_outside(output, source)
-    digest = None if work.force else _finished_already(plan, output, work.check, progress)
+    digest = None if work.force else _finished_already(plan, files, output, work.check, progress)
     already, resumed = digest is not None, 0
     if digest is None:
         from .output.run import run
 
-        digest, resumed = run(plan, output, work, progress)
+        digest, resumed = run(plan, files, output, work, progress)
     progress.say(
         f"commit {plan.snapshot.commit or 'none (a folder)'}, recipe {plan.recipe.sha256()}, snapshot {digest}"
     )
@@ -195,8 +197,7 @@ def convert_with(
     )
 
 
-def _plan(source: str | os.PathLike[str], settings: Settings, access: HubAccess, progress: Progress) -> Plan:
-    files = open_files(source, access)
+def _plan(files: Files, settings: Settings, access: HubAccess, progress: Progress) -> Plan:
     own = settings.own_manifest()
     if headline := _headline(files, own.name if own else None):
         progress.say(headline)
@@ -215,7 +216,7 @@ def peak_rss() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _finished_already(plan: Plan, output: Path, check: bool, progress: Progress) -> str | None:
+def _finished_already(plan: Plan, files: Files, output: Path, check: bool, progress: Progress) -> str | None:
     """The digest of the finished snapshot in `output`, if that is what `plan` gives; None if there is none.
 
     Raises ConvertError for a finished snapshot that is another one, or damaged.
@@ -233,7 +234,7 @@ def _finished_already(plan: Plan, output: Path, check: bool, progress: Progress)
             return None
     except ConvertError:  # no record that can be used
         return None
-    check_finished(record, plan, output, check=check, progress=progress)
+    check_finished(record, plan, files, output, check=check, progress=progress)
     return record.record_sha256
 
 

@@ -13,20 +13,20 @@ from .format.record import Record
 from .output.writing import file_sha256
 from .plan.plan import Plan
 from .plan.recipe import tool_version
-from .snapshot.source import Files, content_sha256
+from .snapshot.files import Files, content_sha256
 from .stream.reading import open_for_reading
 from .telling.errors import ConvertError
 from .telling.progress import Progress
 from .verification import verify
 
 
-def check_finished(record: Record, plan: Plan, folder: Path, *, check: bool, progress: Progress) -> None:
+def check_finished(record: Record, plan: Plan, files: Files, folder: Path, *, check: bool, progress: Progress) -> None:
     """Raise ConvertError unless the snapshot in `folder`, whose record is given, is what `plan` would write.
 
-    A Hub source is the same at the same commit; a local one is read and its digests are compared. Of the output, files
-    and sizes are looked at; with `check` every digest too.
+    files: the source's. A Hub source is the same at the same commit; a local one is read and its digests are compared.
+    Of the output, files and sizes are looked at; with `check` every digest too.
     """
-    if differences := [*_recipe_differences(record, plan), *_source_differences(record, plan, progress)]:
+    if differences := [*_recipe_differences(record, plan), *_source_differences(record, plan, files, progress)]:
         raise ConvertError(
             f"{folder} holds a finished FP8 snapshot made otherwise ({'; '.join(differences[:3])}); pass --force to "
             "replace it, or choose another folder."
@@ -52,7 +52,7 @@ def _recipe_differences(record: Record, plan: Plan) -> Iterator[str]:
             yield f"{key} was {stated!r:.80} and is now {value!r:.80}"
 
 
-def _source_differences(record: Record, plan: Plan, progress: Progress) -> Iterator[str]:
+def _source_differences(record: Record, plan: Plan, files: Files, progress: Progress) -> Iterator[str]:
     snapshot, source = plan.snapshot, record.source
     for key, value in (("repo", snapshot.repo), ("commit", snapshot.commit), ("pipeline", snapshot.pipeline)):
         if (was := getattr(source, key)) != value:
@@ -67,14 +67,14 @@ def _source_differences(record: Record, plan: Plan, progress: Progress) -> Itera
     progress.start(plan.bytes_to_read)
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1), "fp8-hash") as threads:
         both = sorted(stated.keys() & shards.keys())
-        for path, sha256 in zip(both, threads.map(lambda path: _sha256(snapshot.files, path), both), strict=True):
+        for path, sha256 in zip(both, threads.map(lambda path: _sha256(files, path), both), strict=True):
             progress.advance(shards[path].size)
             if sha256 != stated[path].source_sha256:
                 yield f"its source's {path} has changed"
     progress.close()
     for path in plan.sidecars:
         entry = record.files.get(path)
-        if entry is None or content_sha256(snapshot.files, path) != entry.sha256:
+        if entry is None or content_sha256(files, path) != entry.sha256:
             yield f"its source's {path} has changed"
 
 

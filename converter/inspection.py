@@ -20,10 +20,12 @@ from .format.record import Record, RecordedComponent, read_record, record_proble
 from .output.unfinished import Unfinished, find_unfinished, is_published
 from .plan.recipe import ACTIVATION_SCHEMES
 from .snapshot.access import HubAccess
+from .snapshot.describing import describe
+from .snapshot.files import Files
 from .snapshot.fp8 import Fault, Fp8Component, read_fp8
-from .snapshot.locate import check_variant, find_snapshot
+from .snapshot.locate import check_variant, open_files
 from .snapshot.modules import module_map
-from .snapshot.source import CONFIG, Component, Files, Shard
+from .snapshot.snapshot import CONFIG, Component, Shard
 from .telling.errors import ConvertError
 from .telling.notebook import Brief, html_table, one_line
 from .telling.quantities import byte_count, plural
@@ -145,9 +147,10 @@ def inspect(path: str | os.PathLike[str], *, options: HubAccess | None = None) -
     unfinished = find_unfinished(place)
     if unfinished is not None and not is_published(place):
         return Inspection(str(place), None, None, (), unfinished=unfinished)
-    snapshot = find_snapshot(path, options, allow_converted=True)
+    files = open_files(path, options)
+    snapshot = describe(files, variant=options.variant, allow_converted=True)
     check_variant(snapshot, options)
-    record, damaged = _record(snapshot.files)
+    record, damaged = _record(files)
     recorded = record.components if record is not None else {}
     return Inspection(
         snapshot.label,

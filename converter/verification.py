@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .checks.comparison import compare, described, open_original, recorded_manifest
+from .checks.comparison import compare, described, open_original
 from .checks.digests import check_files
 from .checks.finding import Finding
 from .checks.structure import check_structure
@@ -20,7 +20,7 @@ from .format import layout
 from .format.layout import STAGING
 from .output.record import check_record, load_record
 from .snapshot.access import HubAccess
-from .snapshot.source import require_folder
+from .snapshot.files import require_folder
 from .telling.errors import ConvertError
 from .telling.notebook import html_table, one_line
 from .telling.progress import Progress, Silent
@@ -88,13 +88,13 @@ def verify(
     assert record is not None
     original = None
     if source is not None:  # before the long work: what is wrong with the options is said at once
-        original = open_original(root, record, source, options), recorded_manifest(root, record, manifest)
+        original = open_original(root, record, source, manifest, options)
     progress.start(sum(file.size for file in record.files.values()))
     found = [*check_files(root, record, progress)]
     progress.close()
     shards = check_structure(root, record, found)
     if original is not None:
-        found += compare(root, record, *original, {f.path for f in found}, progress)
+        found += compare(root, record, original, {f.path for f in found}, progress)
     tensors = sum(len(s.header.tensors) for s in shards)
-    compared, notes = (None, ()) if original is None else described(original[0], record)
+    compared, notes = (None, ()) if original is None else described(original.snapshot, record)
     return Verification(str(root), len(record.files) + 1, tensors, compared, tuple(found), notes)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from ..converter.snapshot.building import default_dtype
-from ..converter.snapshot.source import MODEL_INDEX, LocalFiles, read_json
+from ..converter.snapshot.files import LocalFiles, read_json
+from ..converter.snapshot.snapshot import MODEL_INDEX
 from ..converter.telling.errors import LoadError
 from .checkpoint import one_line
 

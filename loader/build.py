@@ -12,7 +12,7 @@ from torch import nn
 from ..converter.format import layout
 from ..converter.snapshot.building import NoModelError, bounded, build_on_meta
 from ..converter.snapshot.naming import name_tensors, stays_float32
-from ..converter.snapshot.source import CONFIG, Component
+from ..converter.snapshot.snapshot import CONFIG, Component
 from ..converter.telling.errors import ConvertError, LoadError
 from .backend import Backend
 from .checkpoint import Fp8Modules, one_line

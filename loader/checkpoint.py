@@ -18,10 +18,12 @@ from ..converter.format.layout import STAGING, WeightFormat
 from ..converter.format.record import Record
 from ..converter.output.record import load_record
 from ..converter.snapshot.access import HubAccess
+from ..converter.snapshot.describing import describe
+from ..converter.snapshot.files import Files, LocalFiles
 from ..converter.snapshot.fp8 import Fault, read_fp8
 from ..converter.snapshot.hub import HubFiles, download
-from ..converter.snapshot.locate import fetch, find_snapshot
-from ..converter.snapshot.source import CONFIG, Component, LocalFiles, Snapshot
+from ..converter.snapshot.locate import fetch, open_files
+from ..converter.snapshot.snapshot import CONFIG, Component, Snapshot
 from ..converter.telling.errors import LoadError
 from .config import METHODS, config_problem
 
@@ -72,33 +74,31 @@ class Fp8Modules:
         return str(self.config.get("activation_scheme") or "dynamic")
 
 
-def open_snapshot(source: str | os.PathLike[str], options: HubAccess) -> Snapshot:
-    """Describe a folder or Hub id, converted or not. A Hub repository is asked, not downloaded.
+def open_snapshot(source: str | os.PathLike[str], options: HubAccess) -> tuple[Snapshot, Files]:
+    """Describe what a folder or Hub id has, converted or not, and its files. A Hub repository is not downloaded.
 
     Raises ConvertError, and LoadError for the output of a conversion that has not finished.
     """
     folder = Path(source)
     if (folder / STAGING).is_dir() and not (folder / layout.RECORD_FILE).exists():
         raise LoadError(f"The conversion into {folder} is unfinished; run the same fp8-convert command again.")
-    return find_snapshot(source, options, allow_converted=True)
+    files = open_files(source, options)
+    return describe(files, variant=options.variant, allow_converted=True), files
 
 
-def fetched(snapshot: Snapshot, *, recorded: bool = False) -> tuple[Snapshot, Path]:
-    """The snapshot with its files on this machine, and the folder they are in.
+def fetched(snapshot: Snapshot, files: Files, *, recorded: bool = False) -> Path:
+    """The folder on this machine that the snapshot's files are in, downloaded if they are not.
 
     recorded: also the files that only the record lists, as checking its digests needs them.
     """
     also = {layout.RECORD_FILE}
-    if recorded and snapshot.files.remote and (record := record_of(snapshot)) is not None:
+    if recorded and isinstance(files, HubFiles) and (record := record_of(files)) is not None:
         also |= set(record.files)
-    snapshot = fetch(snapshot, also & set(snapshot.files.sizes()))
-    assert isinstance(snapshot.files, LocalFiles)
-    return snapshot, snapshot.files.root
+    return fetch(snapshot, files, also & set(files.sizes())).root
 
 
-def record_of(snapshot: Snapshot) -> Record | None:
-    """The snapshot's record, None where there is none; of a Hub repository nothing else is downloaded."""
-    files = snapshot.files
+def record_of(files: Files) -> Record | None:
+    """The record among a snapshot's files, None where there is none; of a Hub repository nothing else is downloaded."""
     if isinstance(files, HubFiles):
         if layout.RECORD_FILE not in files.sizes():
             return None

@@ -12,7 +12,8 @@ from torch import nn
 
 from ..converter.format import layout
 from ..converter.plan.plan import ComponentPlan
-from ..converter.snapshot.source import Component, LocalFiles
+from ..converter.snapshot.files import LocalFiles
+from ..converter.snapshot.snapshot import Component
 from ..converter.stream.engine import Engine
 from ..converter.stream.supply import FolderSupply
 from ..converter.telling.errors import LoadError

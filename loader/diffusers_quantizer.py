@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..converter.format import layout
 from ..converter.plan.plan import ComponentPlan
-from ..converter.snapshot.source import Component
+from ..converter.snapshot.snapshot import Component
 from ..converter.stream.component_stream import convert_component
 from ..converter.stream.engine import Engine
 from ..converter.stream.supply import FolderSupply

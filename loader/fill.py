@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..converter.format.header import TensorInfo
 from ..converter.plan.plan import ComponentPlan
-from ..converter.snapshot.source import Shard
+from ..converter.snapshot.snapshot import Shard
 from ..converter.stream.component_stream import convert_component
 from ..converter.stream.engine import Engine
 from ..converter.stream.reading import BufferPool, Span, SpanReader, open_for_reading, read_exactly

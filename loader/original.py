@@ -9,7 +9,8 @@ from ..converter.plan.manifest import choose_manifest
 from ..converter.plan.plan import ComponentPlan
 from ..converter.plan.planning import make_plan
 from ..converter.plan.settings import Settings
-from ..converter.snapshot.source import CONFIG, MODEL_INDEX, Component, LocalFiles, Shard, Snapshot, read_json
+from ..converter.snapshot.files import LocalFiles, read_json
+from ..converter.snapshot.snapshot import CONFIG, MODEL_INDEX, Component, Shard, Snapshot
 from .checkpoint import Fp8Modules
 from .fp8_config import Fp8Config
 
@@ -51,5 +52,5 @@ def plan_of(component: Component, folder: Path, config: Fp8Config) -> ComponentP
     stated = ("ignored_layers", "weight_block_size", "activation_scheme")
     settings = Settings.read({key: getattr(config, key) for key in stated})
     # No pipeline: the manifest is not to miss the other components.
-    snapshot = Snapshot(str(folder), None, None, None, (component,), (), LocalFiles(folder))
+    snapshot = Snapshot(str(folder), None, None, None, (component,), {})
     return make_plan(snapshot, settings.resolve(snapshot, choose_manifest(None, pipeline, classes))).components[0]

@@ -19,7 +19,8 @@ from ..converter.output.record import load_record
 from ..converter.output.work import Work
 from ..converter.plan.settings import Settings
 from ..converter.snapshot.access import HubAccess
-from ..converter.snapshot.source import Snapshot
+from ..converter.snapshot.files import Files
+from ..converter.snapshot.snapshot import Snapshot
 from ..converter.telling.errors import LoadError, SettingsError
 from ..converter.telling.progress import Silent
 from .arguments import choose_device, choose_dtype, without_habits
@@ -79,17 +80,17 @@ def load_pipeline(
     target = Target(choose_device(device, device_map), choose_dtype(dtype, torch_dtype), backend, strict)
     access = HubAccess(revision, token, cache_dir, local_files_only, variant)
     request = Request(quantization, quantization_config, manifest, compact)
-    snapshot = open_snapshot(source, access)
+    snapshot, files = open_snapshot(source, access)
     if snapshot.pipeline is None:
         raise LoadError(f"{snapshot.label} is a single component, not a pipeline; use load_component.")
     taker = pipeline_class(snapshot.pipeline)
     given = without_habits(pipeline_arguments, accepted_arguments(taker), taker.__name__, _options(load_pipeline))
-    wanted = request.of(snapshot)
+    wanted = request.of(snapshot, files)
     if save_as is not None:
         _convert_to(source, save_as, wanted, access, target.device)
         access = HubAccess()
-        snapshot, wanted = open_snapshot(save_as, access), None
-    snapshot, root = _fetch(snapshot, wanted, access, verify)
+        (snapshot, files), wanted = open_snapshot(save_as, access), None
+    root = _fetch(snapshot, files, wanted, access, verify)
     planned = plan_for(snapshot, wanted)
     components = dict(given)
     for component in snapshot.components:
@@ -131,13 +132,13 @@ def load_component(
     target = Target(choose_device(device, device_map), choose_dtype(dtype, torch_dtype), backend, strict)
     access = HubAccess(revision, token, cache_dir, local_files_only, variant)
     request = Request(quantization, quantization_config, manifest, compact)
-    snapshot = open_snapshot(source, access)
+    snapshot, files = open_snapshot(source, access)
     names = [c.name for c in snapshot.components]
     name = component or ""
     if name not in names:
         raise LoadError(f"{snapshot.label} has no component {name!r} with weights; it has {', '.join(names)}.")
-    wanted = request.of(snapshot, name)
-    snapshot, root = _fetch(snapshot, wanted, access, verify)
+    wanted = request.of(snapshot, files, name)
+    root = _fetch(snapshot, files, wanted, access, verify)
     planned = plan_for(snapshot, wanted)
     found = next(c for c in snapshot.components if c.name == name)
     if name not in planned and not is_converted(found):
@@ -157,8 +158,8 @@ def _options(function: Callable[..., Any]) -> list[str]:
     return [name for name, p in inspect.signature(function).parameters.items() if p.kind is not p.VAR_KEYWORD]
 
 
-def _fetch(snapshot: Snapshot, wanted: Wanted | None, access: HubAccess, verify: bool) -> tuple[Snapshot, Path]:
-    """The snapshot with its files on this machine, its digests checked where that is asked for.
+def _fetch(snapshot: Snapshot, files: Files, wanted: Wanted | None, access: HubAccess, verify: bool) -> Path:
+    """The folder on this machine that has the snapshot's files, their digests checked where that is asked for.
 
     A variant that an original snapshot lacks is refused; a converted one has none, whatever it was made from.
     """
@@ -172,10 +173,10 @@ def _fetch(snapshot: Snapshot, wanted: Wanted | None, access: HubAccess, verify:
         raise LoadError(
             f"No component of {snapshot.label} has weights of the variant {access.variant!r}; correct or drop it."
         )
-    snapshot, root = fetched(snapshot, recorded=verify)
+    root = fetched(snapshot, files, recorded=verify)
     if verify:
         check_digests(root)
-    return snapshot, root
+    return root
 
 
 def _log(what: str, snapshot: Snapshot, root: Path, device: torch.device) -> None:

@@ -9,13 +9,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..converter.format import layout
+from ..converter.format.record import Record
 from ..converter.plan.decide import check_patterns, expand_aliases
 from ..converter.plan.manifest import FusionGroup, choose_manifest, load_manifest, shipped
 from ..converter.plan.pattern import matches
 from ..converter.plan.plan import ComponentPlan
 from ..converter.plan.planning import make_plan
 from ..converter.plan.settings import Settings
-from ..converter.snapshot.source import Component, Snapshot
+from ..converter.snapshot.files import Files
+from ..converter.snapshot.snapshot import Component, Snapshot
 from ..converter.telling.errors import LoadError, SettingsError
 from .checkpoint import Fp8Modules, fp8_modules, is_converted, record_of
 
@@ -40,15 +42,15 @@ class Request:
             Settings.read({"quantization": self.quantization})
         Settings.read(self._of_all())
 
-    def of(self, snapshot: Snapshot, only: str | None = None) -> Wanted | None:
+    def of(self, snapshot: Snapshot, files: Files, only: str | None = None) -> Wanted | None:
         """The settings of a conversion by component; None for a converted snapshot.
 
-        only: the one component that is wanted. Raises SettingsError for settings that mean nothing or contradict the
-        snapshot, LoadError where some are needed.
+        files: the snapshot's, for the record of a converted one. only: the one component that is wanted. Raises
+        SettingsError for settings that mean nothing or contradict the snapshot, LoadError where some are needed.
         """
         wanted = self._by_component([c.name for c in snapshot.components])
         if any(is_converted(c) for c in snapshot.components):
-            self._check_agrees(snapshot, wanted, only)
+            self._check_agrees(snapshot, files, wanted, only)
             return None
         if self.quantization is None and self.quantization_config is None:
             label = f"{snapshot.label}" if only is None else f"{only or snapshot.label}"
@@ -89,11 +91,13 @@ class Request:
 
     # A snapshot that is converted already is what it is.
 
-    def _check_agrees(self, snapshot: Snapshot, wanted: Mapping[str, Settings | None], only: str | None) -> None:
+    def _check_agrees(
+        self, snapshot: Snapshot, files: Files, wanted: Mapping[str, Settings | None], only: str | None
+    ) -> None:
         asked_for = [c for c in snapshot.components if only is None or c.name == only]
         converted = [c for c in asked_for if is_converted(c)]
         if self.quantization_config is not None:
-            groups = _fusion_groups(snapshot)
+            groups = _fusion_groups(snapshot, record_of(files))
             for component in converted:
                 alone = component.name in wanted
                 settings = wanted[component.name] if alone else wanted.get("")
@@ -104,14 +108,14 @@ class Request:
                     f"{snapshot.label} is converted already but for {asked[0]}, and quantization_config asks for it in "
                     "FP8; convert the original anew."
                 )
-        self._check_recipe(snapshot)
+        self._check_recipe(snapshot.label, files)
 
-    def _check_recipe(self, snapshot: Snapshot) -> None:
+    def _check_recipe(self, label: str, files: Files) -> None:
         """`manifest` and `compact`: as the snapshot was made, by its record, or refused."""
         if self.manifest is None and not self.compact:
             return
-        said = f"{snapshot.label} is converted already"
-        record = record_of(snapshot)
+        said = f"{label} is converted already"
+        record = record_of(files)
         if record is None:
             option = "compact" if self.compact else "manifest"
             raise SettingsError(
@@ -139,9 +143,8 @@ def plan_for(snapshot: Snapshot, wanted: Wanted | None) -> Planned:
     return planned
 
 
-def _fusion_groups(snapshot: Snapshot) -> dict[str, tuple[FusionGroup, ...]]:
+def _fusion_groups(snapshot: Snapshot, record: Record | None) -> dict[str, tuple[FusionGroup, ...]]:
     """The fusion groups of each component, by the manifest that the snapshot was, or would be, converted with."""
-    record = record_of(snapshot)
     manifest = shipped().get(record.recipe.manifest) if record is not None else None
     if manifest is None:
         manifest = choose_manifest(

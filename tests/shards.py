@@ -20,7 +20,9 @@ from fp8_convert.converter.plan.plan import ComponentPlan, ShardPlan
 from fp8_convert.converter.plan.planning import make_plan
 from fp8_convert.converter.plan.recipe import Recipe
 from fp8_convert.converter.plan.schedule import MEMORY, Memory
-from fp8_convert.converter.snapshot.source import Component, LocalFiles, Shard, describe
+from fp8_convert.converter.snapshot.describing import describe
+from fp8_convert.converter.snapshot.files import LocalFiles
+from fp8_convert.converter.snapshot.snapshot import Component, Shard
 from fp8_convert.converter.telling.progress import Silent
 
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8, "U8": 1, "BOOL": 1}
@@ -110,8 +112,9 @@ def whole(shards: Sequence[ShardPlan]) -> ComponentPlan:
 
 def convert_in(memory: Memory, source: Path, output: Path, manifest: Path, workers: int = 2) -> None:
     """Convert as `convert` does, in other memory than it takes."""
-    plan = make_plan(describe(LocalFiles(source)), Recipe(load_manifest(str(manifest))), memory)
-    run(plan, output, Work(device="cpu", workers=workers), Silent())
+    files = LocalFiles(source)
+    plan = make_plan(describe(files), Recipe(load_manifest(str(manifest))), memory)
+    run(plan, files, output, Work(device="cpu", workers=workers), Silent())
 
 
 def fp8(block: tuple[int, int] | None = None, group: str | None = None) -> Decision:

@@ -15,17 +15,16 @@ from ..stream.component_stream import convert_component
 from ..stream.engine import Engine
 from ..stream.reading import open_for_reading, read_exactly
 from ..stream.shard_stream import Chunk
-from ..stream.supply import FolderSupply
+from ..stream.supply import Supply
 from ..telling.errors import ConvertError
 from .finding import Finding
 
 
 def compare_shard(
-    root: Path, shard: ShardPlan, plan: Plan, damaged: Collection[str]
+    root: Path, shard: ShardPlan, plan: Plan, supply: Supply, damaged: Collection[str]
 ) -> Generator[Finding, None, dict[str, str]]:
     """Compare the files that a source shard gives; returns the digest of the source, if it was read to its end."""
     component = next(c for c in plan.components if c.source.name == shard.component)
-    supply = FolderSupply(plan.snapshot.files)
     with contextlib.ExitStack() as opened:
         files = []
         for file in shard.files:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,11 @@ from ..plan.planning import make_plan
 from ..plan.recipe import Recipe, recipe_sha256
 from ..plan.settings import Settings
 from ..snapshot.access import HubAccess
-from ..snapshot.locate import fetch, local_folder, open_source
-from ..snapshot.source import Snapshot, content_sha256
+from ..snapshot.files import LocalFiles, content_sha256
+from ..snapshot.locate import describe_source, fetch, local_folder, open_files
+from ..snapshot.snapshot import Snapshot
 from ..stream.reading import open_for_reading, read_exactly
+from ..stream.supply import FolderSupply
 from ..telling.errors import ConvertError, ResumableError
 from ..telling.progress import Progress
 from .codes import compare_shard
@@ -38,8 +40,19 @@ from .finding import Finding
 _RECIPE_KEYS = ("ignored_layers", "components", "compact", "weight_block_size", "activation_scheme", "max_shard_size")
 
 
-def open_original(root: Path, record: Record, source: str | os.PathLike[str], options: HubAccess) -> Snapshot:
-    """The source, with its files on this machine. Raises ConvertError if the snapshot cannot have come from it.
+@dataclass(frozen=True)
+class Original:
+    """What a converted snapshot is compared with: its source, whose files are on this machine, and its manifest."""
+
+    snapshot: Snapshot
+    files: LocalFiles
+    manifest: Manifest
+
+
+def open_original(
+    root: Path, record: Record, source: str | os.PathLike[str], manifest: str | None, options: HubAccess
+) -> Original:
+    """The source, fetched if need be, and the manifest. Raises ConvertError if the snapshot cannot have come from it.
 
     A Hub repository that the record names is read at the commit that the record names, unless another is asked for.
     """
@@ -53,7 +66,8 @@ def open_original(root: Path, record: Record, source: str | os.PathLike[str], op
     if by_record and stated_commit is not None:
         options = replace(options, revision=stated_commit)
     try:
-        snapshot = open_source(source, options)
+        files = open_files(source, options)
+        snapshot = describe_source(files, options)
     except ResumableError:
         raise
     except ConvertError as error:
@@ -61,7 +75,8 @@ def open_original(root: Path, record: Record, source: str | os.PathLike[str], op
             raise
         raise ConvertError(f"{root} says that it was made from the commit {stated_commit!r:.80}: {error}") from error
     _check_components(root, record, snapshot)
-    return fetch(snapshot)
+    rules = _recorded_manifest(root, record, manifest)  # before the download: it may not be there
+    return Original(snapshot, fetch(snapshot, files), rules)
 
 
 def _check_components(root: Path, record: Record, snapshot: Snapshot) -> None:
@@ -96,7 +111,7 @@ def described(source: Snapshot, record: Record) -> tuple[str, tuple[str, ...]]:
     return label, ()
 
 
-def recorded_manifest(root: Path, record: Record, manifest: str | None) -> Manifest:
+def _recorded_manifest(root: Path, record: Record, manifest: str | None) -> Manifest:
     """The manifest that the record names: a shipped one, or the one given."""
     name = record.recipe.manifest
     if manifest is None and name not in shipped():  # a path in a record is not followed
@@ -114,8 +129,7 @@ def recorded_manifest(root: Path, record: Record, manifest: str | None) -> Manif
 def compare(
     root: Path,
     record: Record,
-    snapshot: Snapshot,
-    manifest: Manifest,
+    original: Original,
     damaged: Collection[str],
     progress: Progress,
 ) -> Iterator[Finding]:
@@ -124,14 +138,15 @@ def compare(
     Headers, codes and scales are compared with the files; everything else by digest, and the record field by field.
     """
     try:
-        plan = make_plan(snapshot, _recipe(root, record, snapshot, manifest))
+        plan = make_plan(original.snapshot, _recipe(root, record, original))
     except ConvertError as error:
         yield Finding(".", f"cannot be compared with its source: {error}")
         return
     progress.start(plan.bytes_to_read)
     done: dict[str, Done] = {}
+    supply = FolderSupply(original.files)
     for shard in plan.shards:
-        digests = yield from compare_shard(root, shard, plan, damaged)
+        digests = yield from compare_shard(root, shard, plan, supply, damaged)
         for file in shard.files:
             stated = record.files.get(file.path)
             done[file.path] = Done(
@@ -141,8 +156,8 @@ def compare(
     progress.close()
     for path, data in plan.files.items():
         done[path] = Done(path, len(data), hashlib.sha256(data).hexdigest())
-    for path in plan.sidecars:
-        done[path] = Done(path, snapshot.files.sizes()[path], content_sha256(snapshot.files, path))
+    for path, size in plan.sidecars.items():
+        done[path] = Done(path, size, content_sha256(original.files, path))
     yield from _compare_files(record, done, {f.path for f in plan.weight_files}, damaged)
     yield from _compare_record(record, make_record(plan, done))
 
@@ -205,14 +220,15 @@ def _differences(stated: Any, expected: Any, where: str) -> Iterator[str]:
         yield f"{where} is {stated!r:.80}, and the source gives {expected!r:.80}"
 
 
-def _recipe(root: Path, record: Record, snapshot: Snapshot, manifest: Manifest) -> Recipe:
+def _recipe(root: Path, record: Record, original: Original) -> Recipe:
     """The recipe that the record states."""
     stated = {key: getattr(record.recipe, key) for key in _RECIPE_KEYS}
     if not record.recipe.input_scales_sha256:
-        return Settings.read(stated).resolve(snapshot, manifest)
+        return Settings.read(stated).resolve(original.snapshot, original.manifest)
     # The file of scales is not here, but the scales are.
     scheme, scales = stated.pop("activation_scheme"), _stored_input_scales(root, record)
-    return replace(Settings.read(stated).resolve(snapshot, manifest), activation_scheme=scheme, input_scales=scales)
+    recipe = Settings.read(stated).resolve(original.snapshot, original.manifest)
+    return replace(recipe, activation_scheme=scheme, input_scales=scales)
 
 
 def _stored_input_scales(root: Path, record: Record) -> dict[str, float]:

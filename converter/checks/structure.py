@@ -14,9 +14,11 @@ from ..format import layout
 from ..format.header import Header, TensorInfo
 from ..format.record import Record, RecordedComponent
 from ..plan.recipe import ACTIVATION_SCHEMES
+from ..snapshot.describing import describe
+from ..snapshot.files import LocalFiles
 from ..snapshot.fp8 import SCALE_SUFFIXES, Fault, Fp8Component, read_fp8
 from ..snapshot.modules import module_map
-from ..snapshot.source import CONFIG, Component, LocalFiles, Shard, describe
+from ..snapshot.snapshot import CONFIG, Component, Shard
 from ..telling.errors import ConvertError
 from .finding import Finding
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from ..format.layout import RECORD_FILE
-from ..snapshot.source import CONFIG, MODEL_INDEX
+from ..snapshot.snapshot import CONFIG, MODEL_INDEX
 from ..telling.errors import ConvertError
 from .folder import own_files
 from .writing import disk_errors, sync_folder

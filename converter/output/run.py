@@ -21,9 +21,9 @@ import torch
 from ..format.layout import RECORD_FILE, encode_json
 from ..plan.plan import Plan, ShardPlan
 from ..plan.sharding import OutputFile
+from ..snapshot.files import Files, SourceFile
 from ..snapshot.hub import HubFiles
 from ..snapshot.locate import fetch
-from ..snapshot.source import Files, SourceFile
 from ..stream import compiled
 from ..stream.component_stream import ShardStream, convert_component
 from ..stream.engine import Engine
@@ -43,13 +43,14 @@ _MOST_WORKERS = 8  # by then reading and hashing are the limit
 
 def run(
     plan: Plan,
+    files: Files,
     output: Path,
     work: Work,
     progress: Progress,
     *,
     spare_bytes: int = SPARE_BYTES,
 ) -> tuple[str, int]:
-    """Convert what was planned into `output`.
+    """Convert what was planned, from the source's `files`, into `output`.
 
     spare_bytes: room that must be left on the disk. Returns the snapshot's digest, and how many shards an earlier run
     had finished.
@@ -60,11 +61,11 @@ def run(
     if engine.device.type == "cpu" and not compiled.available():
         progress.say("note: fp8-convert's compiled code is missing; reinstall with a C compiler to convert faster")
     with open_target(output, plan.paths, force=work.force) as target:
-        streamed = work.stream and plan.snapshot.files.remote
+        streamed = work.stream and isinstance(files, HubFiles)
         if not streamed:
             target.drop_sources()
-        check_space(plan, target, streamed=streamed, spare_bytes=spare_bytes)
-        with engine, _supply(plan, target, streamed=streamed) as supply:
+        check_space(plan, files, target, streamed=streamed, spare_bytes=spare_bytes)
+        with engine, _supply(plan, files, target, streamed=streamed) as supply:
             kept = _take_up(plan, target, supply, progress)
             wanted = [s for s in plan.shards if s.source.path not in kept]
             _convert_shards(plan, wanted, target, supply, engine, progress)
@@ -83,12 +84,12 @@ def conversion_key(plan: Plan) -> str:
     return hashlib.sha256(json.dumps([parts, shards]).encode()).hexdigest()
 
 
-def _supply(plan: Plan, target: Target, *, streamed: bool) -> Supply:
+def _supply(plan: Plan, files: Files, target: Target, *, streamed: bool) -> Supply:
     """Where the plan's shards come from; a Hub source that is not streamed is downloaded first, at its commit."""
     if not streamed:
-        return FolderSupply(fetch(plan.snapshot).files)
-    assert isinstance(plan.snapshot.files, HubFiles)
-    return StreamedSupply(plan.snapshot.files, target.sources)
+        return FolderSupply(fetch(plan.snapshot, files))
+    assert isinstance(files, HubFiles)
+    return StreamedSupply(files, target.sources)
 
 
 # What an earlier run finished

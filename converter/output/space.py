@@ -6,14 +6,16 @@ import shutil
 from pathlib import Path
 
 from ..plan.plan import Plan
-from ..snapshot.source import needed_files
+from ..snapshot.files import Files
+from ..snapshot.hub import HubFiles, bytes_to_download, cache_folder
+from ..snapshot.snapshot import needed_files
 from ..telling.errors import ConvertError
 from .target import Target
 
 SPARE_BYTES = 16 * 1024 * 1024
 
 
-def check_space(plan: Plan, target: Target, *, streamed: bool, spare_bytes: int = SPARE_BYTES) -> None:
+def check_space(plan: Plan, files: Files, target: Target, *, streamed: bool, spare_bytes: int = SPARE_BYTES) -> None:
     """Raise ConvertError where the output, or the download that it needs, does not fit.
 
     streamed: source shards lie beside the output, two at a time; else a Hub source is downloaded into the Hub cache.
@@ -27,11 +29,8 @@ def check_space(plan: Plan, target: Target, *, streamed: bool, spare_bytes: int 
             f"{target.folder} has not enough disk space: the conversion takes {wanted / 1e9:.2f} GB and "
             f"{missing / 1e9:.2f} GB are missing; make room or choose another folder."
         )
-    if plan.snapshot.files.remote and not streamed:
-        from ..snapshot.hub import HubFiles, bytes_to_download, cache_folder
-
-        assert isinstance(plan.snapshot.files, HubFiles)
-        files, paths = plan.snapshot.files, needed_files(plan.snapshot)
+    if isinstance(files, HubFiles) and not streamed:
+        paths = needed_files(plan.snapshot)
         folder = cache_folder(files.options)
         cache = _existing(folder)
         same_disk = cache.stat().st_dev == target.folder.stat().st_dev

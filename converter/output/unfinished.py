@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..format.layout import RECORD_FILE, STAGING
-from ..snapshot.source import CONFIG, MODEL_INDEX
+from ..snapshot.snapshot import CONFIG, MODEL_INDEX
 from .journal import read_journal
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from ..format import layout
 from ..format.header import PREFIX_BYTES
-from ..snapshot.source import Component, Shard
+from ..snapshot.snapshot import Component, Shard
 from ..telling.errors import ConvertError
-from .decide import PlannedTensor, is_dit
+from .decide import PlannedTensor
 from .manifest import ComponentRules
 from .plan import ComponentPlan, ShardPlan
 from .recipe import Recipe
@@ -99,7 +99,7 @@ def _config(component: Component, rules: ComponentRules, shards: Sequence[ShardP
     own = {f.block for f in formats if f.mode == rules.mode and f.block is not None}
     config = layout.quantization_config(
         native=native,
-        activation_scheme=recipe.activation_scheme if is_dit(rules) else "dynamic",
+        activation_scheme=recipe.activation_scheme if rules.runs_in_fp8 else "dynamic",
         ignored_layers=sorted(t.module for t in tensors if t.decision.kind == "Linear" and not t.decision.fp8),
         block=next(iter(own), None),
     )

@@ -8,9 +8,9 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from ..snapshot.source import Component, Snapshot
+from ..snapshot.snapshot import Component, Snapshot
 from ..telling.errors import ConvertError
-from .decide import PlannedTensor, is_dit
+from .decide import PlannedTensor
 from .manifest import ComponentRules, Manifest
 
 LEAST_LINEARS = 0.1  # of a DiT's linear parameters: below that the manifest is not made for it
@@ -28,7 +28,7 @@ def kept_note(
     Raises ConvertError for a DiT of which next to nothing becomes FP8.
     """
     kept = [t for t in tensors if not t.decision.fp8 and t.decision.rule not in user_patterns]
-    share = _share_of_linears(tensors, kept) if is_dit(rules) else 1.0
+    share = _share_of_linears(tensors, kept) if rules.runs_in_fp8 else 1.0
     if share < LEAST_LINEARS:
         raise ConvertError(
             f"Only {_percent(share)} of the linear parameters of {label} would become FP8 with the manifest "
@@ -36,11 +36,11 @@ def kept_note(
             "copy that names its layers, or leave it out with --component."
         )
     if not any(t.decision.fp8 for t in tensors):
-        return None if is_dit(rules) else f"{label} stays as it is: {reasons(kept)}"  # a DiT's user asked for it
+        return None if rules.runs_in_fp8 else f"{label} stays as it is: {reasons(kept)}"  # a DiT's user asked for it
     total, kept_bytes, unruled = _bytes_of(tensors), _bytes_of(kept), _bytes_of(_unruled(kept, rules))
     if share >= FEW_LINEARS and unruled < MUCH * total:
         return None
-    linears = f", and {_percent(share)} of its linear parameters become FP8" if is_dit(rules) else ""
+    linears = f", and {_percent(share)} of its linear parameters become FP8" if rules.runs_in_fp8 else ""
     return f"{_size(kept_bytes)} of {label} ({_percent(kept_bytes / total)}) stay as they are{linears}: {reasons(kept)}"
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ..format.header import TensorInfo
-from ..format.layout import SOURCE_DTYPES, STORAGE, W8A8, WEIGHT, Block, WeightFormat
+from ..format.layout import SOURCE_DTYPES, STORAGE, WEIGHT, Block, WeightFormat
 from ..snapshot.modules import ModuleMap
 from ..telling.errors import ConvertError
 from ..telling.notebook import Brief
@@ -234,8 +234,3 @@ def _group_of(tensor: PlannedTensor, groups: Sequence[FusionGroup]) -> str | Non
         if member in group.members and matches(group.parent, parent):
             return f"{parent}.({'|'.join(group.members)})"
     return None
-
-
-def is_dit(rules: ComponentRules) -> bool:
-    """Whether the component runs its linears in FP8, so that `--ignored-layers` and block sizes apply to it."""
-    return rules.mode == W8A8

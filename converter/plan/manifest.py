@@ -17,6 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ..format.layout import W8A8
 from ..format.untrusted import check_text
 from ..telling.errors import ConvertError
 from ..telling.notebook import Brief
@@ -74,6 +75,11 @@ class ComponentRules(Brief):
     fusion_groups: tuple[FusionGroup, ...] = ()
     optional: bool = False
 
+    @property
+    def runs_in_fp8(self) -> bool:
+        """Whether its linears run in FP8: then the options for the DiT, such as --ignored-layers, apply to it."""
+        return self.mode == W8A8
+
     def rules(self, section: str) -> tuple[Rule, ...]:
         """The patterns of one of SECTIONS."""
         patterns: tuple[Rule, ...] = getattr(self, section)
@@ -100,12 +106,12 @@ class Manifest(Brief):
     standalone_classes: tuple[str, ...] = ()
     optional: bool = False
     text: str = field(default="", repr=False, compare=False)
-    path: Path | None = field(default=None, compare=False)
+    path: str | None = field(default=None, compare=False)
 
     @property
     def where(self) -> str:
         """How errors name the manifest's file."""
-        return str(self.path or f"{self.name}.toml")
+        return self.path or f"{self.name}.toml"
 
     def rules_for(self, component: str, class_name: str | None) -> ComponentRules | None:
         """The rules for a component, by its folder's name, or by its class where it stands alone (name "")."""
@@ -143,7 +149,7 @@ def load_manifest(name_or_path: str) -> Manifest:
             text = path.read_bytes()
         except OSError as error:
             raise ConvertError(f"The manifest {path} cannot be read ({error.strerror}); check the path.") from error
-        manifest = replace(parse_manifest(text, str(path)), path=path)
+        manifest = replace(parse_manifest(text, str(path)), path=str(path))
         if manifest.name != path.stem:
             raise ConvertError(
                 f"{path}: 'name' must be {_shown(path.stem)}, as the file is called, not {_shown(manifest.name)}; "

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..snapshot.access import HubAccess
-from ..snapshot.locate import open_source
+from ..snapshot.locate import describe_source, open_files
 from ..snapshot.modules import module_map
 from .manifest import load_manifest
 from .matching import Match, components_of, match_entries, match_tables, why_unmatched
@@ -44,7 +44,8 @@ def check_manifest(manifest: str, source: str | os.PathLike[str], *, options: Hu
     that cannot be read; what matches nothing is in the answer.
     """
     rules = load_manifest(manifest)
-    snapshot = open_source(source, options or HubAccess())
+    options = options or HubAccess()
+    snapshot = describe_source(open_files(source, options), options)
     found = match_tables(rules, snapshot)
     unchecked: dict[str, str] = {}
     for table in rules.components:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..snapshot.modules import ModuleMap
-from ..snapshot.source import Component, Snapshot
+from ..snapshot.snapshot import Component, Snapshot
 from ..telling.errors import ConvertError
 from .manifest import SECTIONS, ComponentRules, FusionGroup, Manifest
 from .pattern import closest, matches

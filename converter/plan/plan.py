@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..snapshot.source import Component, Shard, Snapshot
+from ..snapshot.snapshot import Component, Shard, Snapshot
 from ..telling.notebook import Brief, one_line
 from ..telling.quantities import change, plural
-from .decide import STORAGE_FORMAT, PlannedTensor, is_dit, scale_bytes
+from .decide import STORAGE_FORMAT, PlannedTensor, scale_bytes
 from .manifest import ComponentRules
 from .recipe import Recipe
 from .schedule import Schedule, scale_domain
@@ -130,7 +130,7 @@ class Plan:
         return sum(
             t.info.nbytes - t.info.numel - scale_bytes(t.info.shape, STORAGE_FORMAT)
             for c in self.components
-            if c.rules is not None and is_dit(c.rules)
+            if c.rules is not None and c.rules.runs_in_fp8
             for t in c.tensors
             if t.decision.kind == "Linear"
             and t.decision.rule in {rule.pattern for rule in c.rules.ignored_layers} - {*self.recipe.ignored_layers}

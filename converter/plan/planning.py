@@ -12,12 +12,12 @@ from dataclasses import replace
 
 from ..format import layout
 from ..snapshot.modules import ModuleMap, module_map
-from ..snapshot.source import CONFIG, MODEL_INDEX, Component, LeftOut, Snapshot
+from ..snapshot.snapshot import CONFIG, MODEL_INDEX, Component, LeftOut, Snapshot
 from ..telling.errors import ConvertError
 from ..telling.quantities import byte_count
 from .component import encode_index, plan_component
 from .coverage import kept_note, nothing_converted, unnamed_notes, why_unnamed
-from .decide import PlannedTensor, check_patterns, decide, expand_aliases, is_dit, keep_all
+from .decide import PlannedTensor, check_patterns, decide, expand_aliases, keep_all
 from .manifest import ComponentRules
 from .matching import Match, components_of, match_entries, match_tables, refuse_problems, why_unmatched
 from .plan import ComponentPlan, Plan
@@ -50,7 +50,7 @@ def make_plan(snapshot: Snapshot, recipe: Recipe, memory: Memory = MEMORY) -> Pl
     )
     files = _json_files(components)
     notes = [*snapshot.remarks, *_left_out_notes(snapshot.left_out), *notes, *_compact_notes(recipe, components)]
-    sidecars = {p: snapshot.files.sizes()[p] for p in snapshot.sidecars if p not in files}
+    sidecars = {path: size for path, size in snapshot.sidecars.items() if path not in files}
     return Plan(snapshot, recipe, components, files, sidecars, tuple(notes))
 
 
@@ -66,8 +66,8 @@ def _json_files(components: Iterable[ComponentPlan]) -> dict[str, bytes]:
 
 
 def _compact_notes(recipe: Recipe, components: Iterable[ComponentPlan]) -> list[str]:
-    stored = (t.decision.mode == layout.STORAGE for c in components if c.rules and is_dit(c.rules) for t in c.tensors)
-    if not recipe.compact or any(stored):
+    dits = [c for c in components if c.rules is not None and c.rules.runs_in_fp8]
+    if not recipe.compact or any(t.decision.mode == layout.STORAGE for c in dits for t in c.tensors):
         return []
     return ["--compact changes nothing here: no DiT layer that is converted has an FP8 storage rule"]
 
@@ -113,13 +113,13 @@ def _check_components(snapshot: Snapshot, recipe: Recipe, chosen: Mapping[str, C
     for component in snapshot.components:
         if chosen[component.name] is not None:
             check_unquantized(component, snapshot.label)
-    dits = [rules for rules in chosen.values() if rules is not None and is_dit(rules)]
+    has_dit = any(rules is not None and rules.runs_in_fp8 for rules in chosen.values())
     for given, option in (
         (recipe.ignored_layers, "--ignored-layers"),
         (recipe.block, "--weight-block-size"),
         (recipe.input_scales, "--input-scales"),
     ):
-        if given and not dits:
+        if given and not has_dit:
             raise ConvertError(f"{option} applies to the DiT, and none is converted here; drop the option.")
 
 
@@ -159,7 +159,7 @@ def _decide_all(
     notes: list[str] = []
     problems: dict[str, str] = {}
     layers: list[str] = []
-    groups = [g for r in chosen.values() if r is not None and is_dit(r) for g in r.fusion_groups]
+    groups = [g for r in chosen.values() if r is not None and r.runs_in_fp8 for g in r.fusion_groups]
     for component in snapshot.components:
         rules = chosen[component.name]
         tensors = list(component.tensors)
@@ -167,23 +167,22 @@ def _decide_all(
             decided = keep_all(tensors, "component", _why_kept(component, recipe))
         else:
             modules = maps[component.name]
-            dit = is_dit(rules)
             if modules.problem:
                 problems[component.name] = modules.problem
                 notes.append(f"{component.label} stays as it is: {modules.problem}")
-            if dit:
+            if rules.runs_in_fp8:
                 layers += [name for name, kind in modules.kinds.items() if kind in rules.kinds]
             decided, said = decide(
                 tensors,
                 rules,
                 modules,
-                user_patterns=expand_aliases(recipe.ignored_layers, rules.fusion_groups) if dit else (),
+                user_patterns=expand_aliases(recipe.ignored_layers, rules.fusion_groups) if rules.runs_in_fp8 else (),
                 compact=recipe.compact,
-                block=(recipe.block if dit else None) or rules.weight_block_size,
+                block=(recipe.block if rules.runs_in_fp8 else None) or rules.weight_block_size,
             )
             notes += said
         decisions[component.name] = {t.info.name: t for t in decided}
-    if not any(name in problems for name, rules in chosen.items() if rules is not None and is_dit(rules)):
+    if not any(name in problems for name, rules in chosen.items() if rules is not None and rules.runs_in_fp8):
         check_patterns(recipe.ignored_layers, groups, layers)
     return decisions, list(dict.fromkeys(notes)), problems
 
@@ -210,7 +209,7 @@ def _coverage_notes(
 
 def _user_patterns(recipe: Recipe, chosen: Mapping[str, ComponentRules | None]) -> set[str]:
     """The user's ignored layers as decisions name them, aliases expanded."""
-    groups = [g for rules in chosen.values() if rules is not None and is_dit(rules) for g in rules.fusion_groups]
+    groups = [g for rules in chosen.values() if rules is not None and rules.runs_in_fp8 for g in rules.fusion_groups]
     return set(expand_aliases(recipe.ignored_layers, groups))
 
 

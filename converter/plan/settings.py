@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ..format.layout import Block
 from ..format.untrusted import check_text
-from ..snapshot.source import Snapshot
+from ..snapshot.snapshot import Snapshot
 from ..telling.errors import SettingsError
 from .manifest import Manifest, choose_manifest, load_manifest
 from .recipe import ACTIVATION_SCHEMES, Recipe, check_scales, parse_size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..format import layout
-from ..snapshot.source import Component
+from ..snapshot.snapshot import Component
 from ..telling.errors import ConvertError
 
 _QUANTIZED_DTYPES = {

@@ -24,7 +24,7 @@ from torch.nn.modules.module import (
 
 from ..format.layout import CONFIG_KEY
 from ..telling.errors import ConvertError
-from .source import CONFIG, Component
+from .snapshot import CONFIG, Component
 
 # Keys of configs that say how often something is repeated; a class may loop over them without building a module.
 _COUNTS = re.compile(r"(\w*_)?(layers|blocks|depths?|stages|levels|experts|n_layer)(_\w*)?")

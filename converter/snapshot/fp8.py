@@ -14,7 +14,7 @@ from typing import Any
 from ..format import layout
 from ..format.header import TensorInfo
 from ..format.layout import WeightFormat
-from .source import CONFIG, Component, Shard
+from .snapshot import CONFIG, Component, Shard
 
 CODES = "F8_E4M3"
 SCALE_SUFFIXES = (layout.WEIGHT_SCALE, layout.WEIGHT_SCALE_INV, layout.INPUT_SCALE)

@@ -34,7 +34,7 @@ from ..format.header import PREFIX_BYTES, Header, header_length, parse_header
 from ..format.untrusted import check_size, read_whole
 from ..telling.errors import ConvertError, ResumableError
 from .access import HubAccess, clean_token
-from .source import LocalFiles, file_pieces
+from .files import LocalFiles, file_pieces
 
 _FIRST_BYTES = 64 * 1024  # most headers fit; a longer one costs a second request
 _CLIENTS = {module.partition(".")[0] for module in (HfApi.__module__, HTTPError.__module__)}  # and its HTTP library
@@ -50,8 +50,6 @@ _SECRETS = (
 
 class HubFiles:
     """The files of a repository at the commit that `revision` names now; nothing but small files is downloaded."""
-
-    remote = True
 
     def __init__(self, repo: str, options: HubAccess) -> None:
         self.repo, self.options = repo, options

@@ -1,4 +1,4 @@
-"""From what the user types to a described snapshot: a folder, or a Hub id that is described before it is fetched.
+"""From what the user types to files and to a described snapshot; a Hub id is described before it is fetched.
 
 The Hub's client is imported only where a Hub id asks for it.
 """
@@ -8,18 +8,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from ..format.untrusted import check_text
 from ..telling.errors import ConvertError
 from .access import HubAccess
-from .source import Files, LocalFiles, Snapshot, describe, needed_files
-
-
-def open_source(source: str | os.PathLike[str], options: HubAccess) -> Snapshot:
-    """Describe a snapshot to convert, from its headers: not converted yet, and all of it there. Raises ConvertError."""
-    return describe_source(open_files(source, options), options)
+from .describing import describe
+from .files import Files, LocalFiles
+from .snapshot import Snapshot, needed_files
 
 
 def open_files(source: str | os.PathLike[str], options: HubAccess) -> Files:
@@ -34,14 +30,12 @@ def open_files(source: str | os.PathLike[str], options: HubAccess) -> Files:
 
 
 def describe_source(files: Files, options: HubAccess) -> Snapshot:
-    """Describe files to convert, as `open_source` does."""
-    return _complete(describe(files, variant=options.variant), options)
-
-
-def find_snapshot(source: str | os.PathLike[str], options: HubAccess, *, allow_converted: bool = False) -> Snapshot:
-    """Describe what a folder or a Hub id names. A Hub repository is not downloaded, only asked. Raises ConvertError."""
-    files = open_files(source, options)
-    return describe(files, variant=options.variant, allow_converted=allow_converted)
+    """Describe files to convert, from their headers: not converted yet, and all of them there. Raises ConvertError."""
+    snapshot = describe(files, variant=options.variant)
+    for path in needed_files(snapshot):
+        files.local(path)  # what the cache lacks is said now, not when it is copied
+    check_variant(snapshot, options)
+    return snapshot
 
 
 def local_folder(source: str | os.PathLike[str]) -> Path | None:
@@ -60,29 +54,21 @@ def local_folder(source: str | os.PathLike[str]) -> Path | None:
     return None
 
 
-def fetch(snapshot: Snapshot, also: Iterable[str] = ()) -> Snapshot:
-    """The same snapshot with all its files on this machine, downloaded at its commit if they are not; `also` these.
+def fetch(snapshot: Snapshot, files: Files, also: Iterable[str] = ()) -> LocalFiles:
+    """The snapshot's files on this machine, downloaded at its commit if they are not here; `also` these.
 
     Raises ConvertError for a download that is not whole.
     """
-    if not snapshot.files.remote:
-        return snapshot
+    if isinstance(files, LocalFiles):
+        return files
     from .hub import HubFiles, download
 
-    assert isinstance(snapshot.files, HubFiles)
-    files = download(snapshot.files, sorted({*needed_files(snapshot), *also}))
+    assert isinstance(files, HubFiles)
+    here = download(files, sorted({*needed_files(snapshot), *also}))
     for component in snapshot.components:
         for shard in component.shards:
-            files.header(shard.path)  # a file that was cut short is refused now, not after hours
-    return replace(snapshot, files=files)
-
-
-def _complete(snapshot: Snapshot, options: HubAccess) -> Snapshot:
-    """The snapshot, if what the cache should hold is there, and the variant asked for where one is."""
-    for path in needed_files(snapshot):
-        snapshot.files.local(path)  # what is missing is said now, not when it is copied
-    check_variant(snapshot, options)
-    return snapshot
+            here.header(shard.path)  # a file that was cut short is refused now, not after hours
+    return here
 
 
 def check_variant(snapshot: Snapshot, options: HubAccess) -> None:

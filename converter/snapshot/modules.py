@@ -10,7 +10,7 @@ import torch
 from ..format.layout import WEIGHT
 from .building import bounded, build_on_meta
 from .naming import name_tensors, stays_float32
-from .source import Component
+from .snapshot import Component
 
 # Sought in a module's class hierarchy, so that subclasses (a VAE's causal convolutions) count as their base.
 _KINDS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose2d", "ConvTranspose3d", "Embedding")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..plan.plan import ComponentPlan, ShardPlan
-from ..snapshot.source import SourceFile
+from ..snapshot.files import SourceFile
 from .engine import Engine
 from .measuring import measure, measured_bytes
 from .shard_stream import Chunk, stream_shard

@@ -11,7 +11,7 @@ import torch
 from ..plan.decide import PlannedTensor
 from ..plan.plan import ShardPlan
 from ..plan.schedule import cut, scale_domain
-from ..snapshot.source import SourceFile
+from ..snapshot.files import SourceFile
 from .elements import finite, segment_bytes, typed
 from .engine import Engine
 from .quantize import TORCH_DTYPES, amax

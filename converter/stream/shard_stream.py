@@ -23,7 +23,7 @@ from ..format.layout import INPUT_SCALE
 from ..plan.decide import PlannedTensor
 from ..plan.plan import ShardPlan
 from ..plan.schedule import Segment, Slot, cut, scale_domain, split_unit
-from ..snapshot.source import SourceFile
+from ..snapshot.files import SourceFile
 from ..telling.errors import ResumableError
 from .elements import finite, not_finite, segment_bytes, typed
 from .engine import Engine

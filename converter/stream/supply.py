@@ -15,7 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
-from ..snapshot.source import Files, LocalFiles, Shard, SourceFile, file_stat
+from ..snapshot.files import Files, LocalFiles, SourceFile, file_stat
+from ..snapshot.snapshot import Shard
 
 if TYPE_CHECKING:
     from ..snapshot.hub import HubFiles
@@ -62,8 +63,7 @@ class FolderSupply:
 
     ahead = True
 
-    def __init__(self, files: Files) -> None:
-        assert isinstance(files, LocalFiles), "the snapshot is to be fetched first"
+    def __init__(self, files: LocalFiles) -> None:
         self.files = files
 
     def __enter__(self) -> FolderSupply:

@@ -30,8 +30,9 @@ from fp8_convert.converter.format.layout import encode_json
 from fp8_convert.converter.output.record import seal
 from fp8_convert.converter.plan.manifest import parse_manifest
 from fp8_convert.converter.snapshot.access import HubAccess
+from fp8_convert.converter.snapshot.describing import describe
+from fp8_convert.converter.snapshot.files import LocalFiles
 from fp8_convert.converter.snapshot.modules import module_map
-from fp8_convert.converter.snapshot.source import LocalFiles, describe
 from fp8_convert.loader import LoadError
 from fp8_convert.loader.build import build
 from fp8_convert.loader.checkpoint import check_record, fp8_modules, open_snapshot
@@ -281,7 +282,7 @@ def test_resealed_records(converted: Path, sharded: Path, snapshot: Path) -> Non
 
 def loaded(folder: Path) -> None:
     """What the loader reads of a snapshot beside its weights."""
-    component = next(c for c in open_snapshot(folder, HubAccess()).components if c.name == "transformer")
+    component = next(c for c in open_snapshot(folder, HubAccess())[0].components if c.name == "transformer")
     with contextlib.suppress(LoadError):
         check_record(folder, component, fp8_modules(component))
 

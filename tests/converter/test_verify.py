@@ -28,7 +28,9 @@ from fp8_convert.converter.plan.planning import make_plan
 from fp8_convert.converter.plan.recipe import Recipe
 from fp8_convert.converter.plan.schedule import MEMORY, Memory
 from fp8_convert.converter.snapshot.access import HubAccess
-from fp8_convert.converter.snapshot.source import LocalFiles, describe
+from fp8_convert.converter.snapshot.describing import describe
+from fp8_convert.converter.snapshot.files import LocalFiles
+from fp8_convert.converter.stream.supply import FolderSupply
 
 RECORD = "fp8_convert.json"
 DIT = "transformer/diffusion_pytorch_model.safetensors"
@@ -662,11 +664,12 @@ def test_every_shard_is_compared_after_errors(tmp_path: Path) -> None:
             save_file(weights, source / "transformer" / path.name, metadata={"format": "pt"})
             broken.add(f"transformer/{path.name}")
     assert len(broken) > 10
-    snapshot = describe(LocalFiles(source))
+    files = LocalFiles(source)
+    snapshot = describe(files)
     classes = {c.name: c.class_name for c in snapshot.components}
     recipe = Recipe(choose_manifest(None, snapshot.pipeline, classes))
     for memory in (MEMORY, Memory(MEMORY.slot_bytes, 4 * MEMORY.slot_bytes)):
         plan = make_plan(snapshot, recipe, memory)
-        found = [f for shard in plan.shards for f in compare_shard(output, shard, plan, ())]
+        found = [f for shard in plan.shards for f in compare_shard(output, shard, plan, FolderSupply(files), ())]
         assert {f.path for f in found if "holds NaN or Inf" in f.problem} == broken
     assert {f.path for f in verify(output, source=source).findings if "holds NaN or Inf" in f.problem} == broken

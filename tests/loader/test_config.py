@@ -119,7 +119,7 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(CONFIGS)
 def test_no_config_gets_past_with_another_exception(fuzzed: Path, config: Any) -> None:
     set_config(fuzzed / "transformer", config)
-    snapshot = open_snapshot(fuzzed, HubAccess())
+    snapshot, _ = open_snapshot(fuzzed, HubAccess())
     component = next(c for c in snapshot.components if c.name == "transformer")
     assert is_converted(component)
     start = "config.json has a quantization_config that cannot be used: "
@@ -131,8 +131,8 @@ def test_no_config_gets_past_with_another_exception(fuzzed: Path, config: Any) -
 @settings(max_examples=300)
 @given(CONFIGS)
 def test_no_settings_get_past_with_another_exception(config: Any) -> None:
-    snapshot = open_snapshot(pipelines.saved("z_image"), HubAccess())
-    said = refused(lambda: Request(None, config, None, False).of(snapshot), SettingsError)
+    snapshot, files = open_snapshot(pipelines.saved("z_image"), HubAccess())
+    said = refused(lambda: Request(None, config, None, False).of(snapshot, files), SettingsError)
     assert (
         said is None
         or "not converted: pass quantization" in said

@@ -30,7 +30,7 @@ from fp8_convert.converter.output.run import run
 from fp8_convert.converter.output.target import Target, open_target
 from fp8_convert.converter.output.work import Work
 from fp8_convert.converter.plan.plan import ShardPlan
-from fp8_convert.converter.snapshot.source import SourceFile
+from fp8_convert.converter.snapshot.files import LocalFiles, SourceFile
 from fp8_convert.converter.stream import component_stream
 from fp8_convert.converter.stream.shard_stream import Chunk, stream_shard
 from fp8_convert.converter.telling.progress import Silent
@@ -43,7 +43,8 @@ import os, sys
 from fp8_convert.converter import convert
 from fp8_convert.converter.output import target
 from fp8_convert.converter.snapshot.modules import module_map
-from fp8_convert.converter.snapshot.source import LocalFiles, describe
+from fp8_convert.converter.snapshot.describing import describe
+from fp8_convert.converter.snapshot.files import LocalFiles
 from pathlib import Path
 
 for component in describe(LocalFiles(Path(sys.argv[1]))).components:
@@ -548,5 +549,5 @@ def test_a_small_disk_is_refused_from_the_plan(source: Path, small_disk: Path) -
 def test_a_disk_that_fills_up_midway(source: Path, small_disk: Path) -> None:
     """A real ENOSPC: the check beforehand is told that there is room."""
     with pytest.raises(ResumableError, match="No space left on device"):
-        run(plan_conversion(source), small_disk / "out", Work(), Silent(), spare_bytes=-(1 << 40))
+        run(plan_conversion(source), LocalFiles(source), small_disk / "out", Work(), Silent(), spare_bytes=-(1 << 40))
     assert not (small_disk / "out" / "model_index.json").exists()

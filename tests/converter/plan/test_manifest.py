@@ -193,7 +193,7 @@ def test_manifests_by_name_and_by_path(tmp_path: Path) -> None:
     path = tmp_path / "x.toml"
     path.write_text(GOOD)
     manifest = load_manifest(str(path))
-    assert (manifest.name, manifest.path, manifest.where, manifest.text) == ("x", path, str(path), GOOD)
+    assert (manifest.name, manifest.path, manifest.where, manifest.text) == ("x", str(path), str(path), GOOD)
     assert load_manifest("z-image").where == "z-image.toml"
     with pytest.raises(ConvertError, match=r"no manifest named 'qwen'; use one of default, .*qwen-image"):
         load_manifest("qwen")

@@ -23,9 +23,9 @@ from fp8_convert.converter.plan.manifest import SECTIONS, FusionGroup, Manifest,
 from fp8_convert.converter.plan.matching import components_of, match_entries, match_tables, refuse_problems
 from fp8_convert.converter.plan.pattern import matches
 from fp8_convert.converter.snapshot.access import HubAccess
-from fp8_convert.converter.snapshot.locate import open_source
+from fp8_convert.converter.snapshot.locate import describe_source, open_files
 from fp8_convert.converter.snapshot.modules import ModuleMap, module_map
-from fp8_convert.converter.snapshot.source import Snapshot
+from fp8_convert.converter.snapshot.snapshot import Snapshot
 
 PIPELINES = {
     "qwen-image": "qwen_image",
@@ -38,7 +38,7 @@ PIPELINES = {
 
 @functools.cache
 def opened(name: str) -> tuple[Snapshot, dict[str, ModuleMap]]:
-    snapshot = open_source(saved(name), HubAccess())
+    snapshot = describe_source(open_files(saved(name), HubAccess()), HubAccess())
     return snapshot, {c.name: module_map(c) for c in snapshot.components}
 
 

@@ -9,7 +9,9 @@ from diffusers import AutoencoderKL
 from pipelines import saved
 
 from fp8_convert.converter.snapshot.building import NoModelError, build_on_meta, default_dtype
-from fp8_convert.converter.snapshot.source import Component, LocalFiles, describe
+from fp8_convert.converter.snapshot.describing import describe
+from fp8_convert.converter.snapshot.files import LocalFiles
+from fp8_convert.converter.snapshot.snapshot import Component
 
 
 def component_of(name: str, part: str) -> Component:

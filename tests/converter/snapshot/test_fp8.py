@@ -9,7 +9,7 @@ import pytest
 from fp8_convert.converter.format.header import Header, TensorInfo
 from fp8_convert.converter.format.layout import WeightFormat, encode_modules
 from fp8_convert.converter.snapshot.fp8 import Fault, Fp8Component, read_fp8
-from fp8_convert.converter.snapshot.source import Component, Shard
+from fp8_convert.converter.snapshot.snapshot import Component, Shard
 
 TENSOR = WeightFormat("w8a8")
 BLOCKS = WeightFormat("storage", (128, 64))

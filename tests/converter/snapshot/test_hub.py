@@ -33,9 +33,9 @@ from fp8_convert.converter.output.work import Work
 from fp8_convert.converter.plan import planning
 from fp8_convert.converter.snapshot import locate
 from fp8_convert.converter.snapshot.access import HubAccess
+from fp8_convert.converter.snapshot.files import file_stat
 from fp8_convert.converter.snapshot.hub import HubFiles, translated
 from fp8_convert.converter.snapshot.locate import describe_source, open_files
-from fp8_convert.converter.snapshot.source import file_stat
 from fp8_convert.converter.stream.supply import StreamedSupply
 from fp8_convert.converter.telling.progress import Silent
 
@@ -344,9 +344,10 @@ def test_a_component_s_folder_in_the_hub_cache_is_a_source(hub: HubServer, tiny:
 _FETCH = """
 import sys
 from fp8_convert.converter.snapshot.access import HubAccess
-from fp8_convert.converter.snapshot.locate import fetch, open_source
+from fp8_convert.converter.snapshot.locate import describe_source, fetch, open_files
 options = HubAccess(cache_dir=sys.argv[2], quiet="quiet" in sys.argv)
-fetch(open_source(sys.argv[1], options))
+files = open_files(sys.argv[1], options)
+fetch(describe_source(files, options), files)
 """
 
 
@@ -458,10 +459,9 @@ def test_stream_keeps_two_source_shards_at_most(hub: HubServer, sharded: Path, t
 
 def test_a_streamed_shard_knows_its_file_once_it_has_arrived(hub: HubServer, tiny: Path, tmp_path: Path) -> None:
     hub.add_repo(REPO, tiny)
-    plan = plan_conversion(REPO)
-    first, *others = [shard.source for shard in plan.shards]
-    assert isinstance(plan.snapshot.files, HubFiles)
-    with StreamedSupply(plan.snapshot.files, tmp_path) as supply:
+    files = HubFiles(REPO, HubAccess())
+    first, *others = [shard.source for shard in plan_conversion(REPO).shards]
+    with StreamedSupply(files, tmp_path) as supply:
         supply.want([first, *others])
         assert supply.find(first) is None
         arrived = supply.open(first)
@@ -583,20 +583,20 @@ def test_room_for_the_download_is_checked(
     hub: HubServer, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.add_repo(REPO, tiny)
-    plan = plan_conversion(REPO)
+    plan, files = plan_conversion(REPO), HubFiles(REPO, HubAccess())
     room = plan.bytes_to_write + plan.bytes_to_read // 2
     with monkeypatch.context() as full:
         full.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=room))
         with pytest.raises(ConvertError, match=r"the download takes 0.01 GB .* or pass --stream"):
-            run(plan, tmp_path / "out", Work(), Silent(), spare_bytes=0)
+            run(plan, files, tmp_path / "out", Work(), Silent(), spare_bytes=0)
         assert not (tmp_path / "out").exists()
         assert not list((tmp_path / "home").rglob("*.safetensors"))
         largest = sum(sorted(s.source.size for s in plan.shards)[-2:])  # what streaming keeps beside the output
         spare = room - plan.bytes_to_write - largest
-        run(plan, tmp_path / "out", Work(stream=True), Silent(), spare_bytes=spare)
+        run(plan, files, tmp_path / "out", Work(stream=True), Silent(), spare_bytes=spare)
     convert(REPO, tmp_path / "again")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=plan.bytes_to_write))
-    run(plan, tmp_path / "from-the-cache", Work(), Silent(), spare_bytes=0)  # nothing is left to download
+    run(plan, files, tmp_path / "from-the-cache", Work(), Silent(), spare_bytes=0)  # nothing is left to download
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ from pipelines import saved
 from torch import nn
 
 from fp8_convert.converter.snapshot.building import build_on_meta
+from fp8_convert.converter.snapshot.describing import describe
+from fp8_convert.converter.snapshot.files import LocalFiles
 from fp8_convert.converter.snapshot.modules import module_map
 from fp8_convert.converter.snapshot.naming import name_tensors, stays_float32
-from fp8_convert.converter.snapshot.source import LocalFiles, describe
 
 OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 

@@ -9,7 +9,8 @@ import reference
 from shards import Weights, fp8, random_tensor, whole
 
 from fp8_convert.converter.plan.plan import ComponentPlan
-from fp8_convert.converter.snapshot.source import LocalFiles, Shard, SourceFile
+from fp8_convert.converter.snapshot.files import LocalFiles, SourceFile
+from fp8_convert.converter.snapshot.snapshot import Shard
 from fp8_convert.converter.stream import component_stream
 from fp8_convert.converter.stream.component_stream import convert_component
 from fp8_convert.converter.stream.engine import Engine

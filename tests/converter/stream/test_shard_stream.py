@@ -28,7 +28,7 @@ from fp8_convert.converter.format.header import read_header
 from fp8_convert.converter.format.layout import decode_modules
 from fp8_convert.converter.plan.plan import ShardPlan
 from fp8_convert.converter.plan.schedule import MEMORY, Memory
-from fp8_convert.converter.snapshot.source import LocalFiles
+from fp8_convert.converter.snapshot.files import LocalFiles
 from fp8_convert.converter.stream.component_stream import convert_component
 from fp8_convert.converter.stream.engine import Engine
 from fp8_convert.converter.stream.measuring import measure

@@ -12,7 +12,8 @@ from pipelines import copied, saved
 
 from fp8_convert.converter import ConvertError, ResumableError
 from fp8_convert.converter.format.header import read_header
-from fp8_convert.converter.snapshot.source import LocalFiles, describe, file_stat
+from fp8_convert.converter.snapshot.describing import describe
+from fp8_convert.converter.snapshot.files import LocalFiles, file_stat
 
 
 def test_a_shard_knows_its_file_from_before_its_header_was_read(
@@ -26,7 +27,7 @@ def test_a_shard_knows_its_file_from_before_its_header_was_read(
         os.utime(file, ns=(1, 1))
         return read_header(path, where)
 
-    monkeypatch.setattr("fp8_convert.converter.snapshot.source.read_header", touched_while_it_is_read)
+    monkeypatch.setattr("fp8_convert.converter.snapshot.files.read_header", touched_while_it_is_read)
     files = LocalFiles(lone)
     (shard,) = describe(files).components[0].shards
     opened = files.open(shard.path)
@@ -62,9 +63,8 @@ package = types.ModuleType("fp8_convert.converter")
 package.__path__ = [sys.argv[1]]
 sys.modules["fp8_convert.converter"] = package  # without what its __init__ imports
 from fp8_convert.converter.snapshot.access import HubAccess
-from fp8_convert.converter.snapshot.locate import open_files, open_source
-from fp8_convert.converter.snapshot import source
-snapshot = open_source(sys.argv[2], HubAccess())
+from fp8_convert.converter.snapshot.locate import describe_source, open_files
+snapshot = describe_source(open_files(sys.argv[2], HubAccess()), HubAccess())
 assert len(snapshot.components) == 3
 heavy = ("torch", "diffusers", "transformers", "huggingface_hub", "safetensors", "numpy")
 print([name for name in heavy if name in sys.modules])
