@@ -4,8 +4,8 @@ Everything is first written below OUT/.fp8-convert/new and journalled file by fi
 are renamed into OUT, the file that makes it loadable (model_index.json, or a lone component's config.json) and the
 record last. So an unfinished conversion never looks like a snapshot, and the same command resumes it.
 
-Nothing is written through a symbolic link inside OUT, and no file there is replaced that neither the record nor the
-journal names. Files and folders get one constant modification time, so that the same conversion gives the same archive.
+Nothing is written through a symbolic link inside OUT, and no file there is replaced that is not this project's, as
+the record names them and the journal their digests. Files and folders get one constant modification time, so that the same conversion gives the same archive.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..format.layout import RECORD_FILE, STAGING
-from ..stream.reading import open_for_reading
 from ..telling.errors import ConvertError, ResumableError
-from .folder import own_files, refuse_foreign, refuse_links
+from .folder import is_as_journalled, own_files, refuse_foreign, refuse_links
 from .journal import Done, Journal, add_changed, add_done, begin_journal, journal_file, read_journal
 from .publishing import constant_mtime, publish
-from .writing import disk_errors, file_sha256
+from .writing import disk_errors
 
 
 class Target:
@@ -103,16 +102,7 @@ class Target:
 
     def recheck(self, done: Done) -> bool:
         """Whether a journalled file is still there with its size and digest."""
-        for place in (self._new / done.path, self.folder / done.path):
-            if not place.is_file() or place.stat().st_size != done.size:
-                continue
-            fd = open_for_reading(place, done.path)
-            try:
-                if file_sha256(fd) == done.sha256:
-                    return True
-            finally:
-                os.close(fd)
-        return False
+        return any(is_as_journalled(top / done.path, done) for top in (self._new, self.folder))
 
     def add(self, done: Done) -> None:
         """Journal a finished file."""

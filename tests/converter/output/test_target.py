@@ -21,6 +21,7 @@ from pipelines import copied, saved
 from fp8_convert.converter import ConvertError, ResumableError, convert, verify
 from fp8_convert.converter.format.layout import STAGING
 from fp8_convert.converter.output import run
+from fp8_convert.converter.output.target import Target
 from fp8_convert.converter.plan.recipe import parse_size
 from fp8_convert.converter.plan.settings import Settings
 from fp8_convert.converter.stream import component_stream
@@ -111,6 +112,73 @@ def test_files_put_beside_an_unfinished_conversion_are_refused(tmp_path: Path, n
     mine.unlink()
     assert convert(saved("z_image"), output).resumed_shards > 0
     assert verify(output).ok
+
+
+@pytest.mark.parametrize("again", ["z_image", "qwen_image"])
+@pytest.mark.parametrize("name", ["README.md", "vae/config.json", DIT])
+def test_a_users_file_with_the_name_of_a_staged_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, again: str
+) -> None:
+    """Journalled is not renamed: what stands in the folder meanwhile is somebody else's."""
+    source, output = with_readme(tmp_path / "source"), tmp_path / "out"
+    with monkeypatch.context() as stopped:
+        stopped.setattr(Target, "publish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, output)
+    assert (output / STAGING / "new" / name).is_file()
+    mine = output / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    with pytest.raises(ConvertError, match=f"holds {name}, which fp8-convert did not write there; move what you need"):
+        convert(source if again == "z_image" else saved(again), output)
+    assert mine.read_text() == "mine"
+    mine.unlink()
+    result = convert(source, output)
+    assert result.resumed_shards == len(result.plan.shards)
+    assert verify(output, source=source).ok
+
+
+def test_a_users_file_that_comes_while_a_conversion_runs_is_refused(tmp_path: Path) -> None:
+    source, output = with_readme(tmp_path / "source"), tmp_path / "out"
+
+    class Writing(Silent):
+        def close(self) -> None:
+            (output / "README.md").write_text("mine")
+
+    with pytest.raises(ResumableError, match=r"holds README\.md, which fp8-convert did not write there; move it away"):
+        convert(source, output, progress=Writing())
+    assert (output / "README.md").read_text() == "mine"
+    (output / "README.md").unlink()
+    assert convert(source, output).resumed_shards > 0
+    assert verify(output, source=source).ok
+
+
+def test_a_file_that_was_edited_after_it_was_renamed_is_refused(tmp_path: Path) -> None:
+    source, output = with_readme(tmp_path / "source"), tmp_path / "out"
+
+    class Killed(Silent):
+        def finishing(self) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, output, progress=Killed())
+    (output / "README.md").write_text("mine")
+    with pytest.raises(ConvertError, match=r"holds README\.md, which fp8-convert did not write there"):
+        convert(source, output)
+    assert (output / "README.md").read_text() == "mine"
+    (output / "README.md").unlink()
+    convert(source, output)
+    assert verify(output, source=source).ok
+
+
+def with_readme(folder: Path) -> Path:
+    source = copied(saved("z_image"), folder)
+    (source / "README.md").write_text("The source's.")
+    return source
+
+
+def stop(*arguments: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_what_is_not_ours_stays_under_force(output: Path) -> None:
@@ -448,6 +516,7 @@ def test_a_signal_after_the_last_rename_comes_too_late(tmp_path: Path, number: s
 SLOW_CLEANUP = """
 import sys, time
 from fp8_convert.converter.output import run
+from fp8_convert.converter.output.target import Target
 from fp8_convert.converter.output import target
 write, leave = run._write_shard, target.Target.__exit__
 run._write_shard = lambda *a: (print("writing", flush=True), time.sleep(0.2), write(*a))[2]
