@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,8 @@ def check_finished(record: Record, plan: Plan, folder: Path, *, check: bool, pro
     A Hub source is the same at the same commit; a local one is read and its digests are compared. Of the output, files
     and sizes are looked at; with `check` every digest too.
     """
-    if differences := [*_recipe_differences(record, plan), *_source_differences(record, plan, progress)]:
+    differences = [*_recipe_differences(record, plan), *_source_differences(record, plan, progress)]
+    if differences := differences or [*_small_file_differences(record, plan)]:
         raise ConvertError(
             f"{folder} holds a finished FP8 snapshot made otherwise ({'; '.join(differences[:3])}); pass --force to "
             "replace it, or choose another folder."
@@ -72,9 +74,20 @@ def _source_differences(record: Record, plan: Plan, progress: Progress) -> Itera
             if sha256 != stated[path].source_sha256:
                 yield f"its source's {path} has changed"
     progress.close()
-    for path in plan.sidecars:
-        entry = record.files.get(path)
-        if entry is None or content_sha256(snapshot.files, path) != entry.sha256:
+
+
+def _small_file_differences(record: Record, plan: Plan) -> Iterator[str]:
+    """Of all but shards, for the same recipe and shards, of which configs and indices are made."""
+    files = plan.snapshot.files
+    if plan.snapshot.commit is not None:
+        return
+    stated = {path: entry for path, entry in record.files.items() if path not in record.shards}
+    for path in sorted(stated.keys() ^ {*plan.files, *plan.sidecars}):
+        yield f"its source {'had' if path in stated else 'had no'} {path}"
+    for path, entry in stated.items():
+        if path in plan.files and hashlib.sha256(plan.files[path]).hexdigest() != entry.sha256:
+            yield f"its source gives another {path} now"
+        elif path in plan.sidecars and content_sha256(files, path) != entry.sha256:
             yield f"its source's {path} has changed"
 
 

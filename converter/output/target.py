@@ -4,8 +4,9 @@ Everything is first written below OUT/.fp8-convert/new and journalled file by fi
 are renamed into OUT, the file that makes it loadable (model_index.json, or a lone component's config.json) and the
 record last. So an unfinished conversion never looks like a snapshot, and the same command resumes it.
 
-Nothing is written through a symbolic link inside OUT, and no file there is replaced that is not this project's, as
-the record names them and the journal their digests. Files and folders get one constant modification time, so that the same conversion gives the same archive.
+Nothing is written through a symbolic link inside OUT, and no file there is replaced but this project's: those that the
+record names, or that were renamed there by the journal's digests. Files and folders get one constant modification time,
+so that the same conversion gives the same archive.
 """
 
 from __future__ import annotations

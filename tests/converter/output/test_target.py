@@ -342,6 +342,33 @@ def test_another_source_says_what_differs(output: Path, tmp_path: Path) -> None:
         convert(source, output)
 
 
+def test_a_config_of_the_source_that_changed_says_so(output: Path, tmp_path: Path) -> None:
+    """What is written for a converted component is no copy of a source's file."""
+    source = copied(saved("z_image"), tmp_path / "source")
+    assert convert(source, output).already_done
+    config = source / "text_encoder" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "rms_norm_eps": 0.5}))
+    with pytest.raises(
+        ConvertError, match=r"its source gives another text_encoder/config\.json now"
+    ):
+        convert(source, output)
+    convert(source, output, force=True)
+    assert json.loads((output / "text_encoder" / "config.json").read_text())["rms_norm_eps"] == 0.5
+
+
+def test_a_source_with_other_sidecars_says_so(tmp_path: Path) -> None:
+    source, output = with_readme(tmp_path / "source"), tmp_path / "out"
+    convert(source, output)
+    (source / "README.md").unlink()
+    with pytest.raises(ConvertError, match=r"made otherwise \(its source had README\.md\); pass --force"):
+        convert(source, output)
+    (source / "LICENSE").write_text("new")
+    with pytest.raises(ConvertError, match=r"\(its source had no LICENSE; its source had README\.md\)"):
+        convert(source, output)
+    convert(source, output, force=True)
+    assert not (output / "README.md").exists()
+
+
 def test_another_version_says_so(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("finished", "plan.recipe"):
         monkeypatch.setattr(f"fp8_convert.converter.{module}.tool_version", lambda: "9.9")
