@@ -11,6 +11,7 @@ from pathlib import Path
 from .format import layout
 from .format.reader import as_json
 from .format.record import Record
+from .output.folder import refuse_foreign
 from .output.writing import file_sha256
 from .plan.plan import Plan
 from .plan.recipe import tool_version
@@ -25,7 +26,7 @@ def check_finished(record: Record, plan: Plan, folder: Path, *, check: bool, pro
     """Raise ConvertError unless the snapshot in `folder`, whose record is given, is what `plan` would write.
 
     A Hub source is the same at the same commit; a local one is read and its digests are compared. Of the output, files
-    and sizes are looked at; with `check` every digest too.
+    and sizes are looked at; with `check` every digest too, and files that are not this project's.
     """
     differences = [*_recipe_differences(record, plan), *_source_differences(record, plan, progress)]
     if differences := differences or [*_small_file_differences(record, plan)]:
@@ -33,10 +34,13 @@ def check_finished(record: Record, plan: Plan, folder: Path, *, check: bool, pro
             f"{folder} holds a finished FP8 snapshot made otherwise ({'; '.join(differences[:3])}); pass --force to "
             "replace it, or choose another folder."
         )
+    if check:
+        refuse_foreign(folder)
     damage = [path for path, entry in record.files.items() if _size(folder / path) != entry.size]
     if not damage and check:
         damage = [finding.path for finding in verify(folder, progress=progress).findings]
     if damage:
+        refuse_foreign(folder)  # or --force would, and only then
         raise ConvertError(
             f"{folder} holds the finished snapshot, but it is damaged: {damage[0]} is not as it was written; run "
             "`fp8-convert verify` to see all, or pass --force to convert again."

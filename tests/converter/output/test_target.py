@@ -348,9 +348,7 @@ def test_a_config_of_the_source_that_changed_says_so(output: Path, tmp_path: Pat
     assert convert(source, output).already_done
     config = source / "text_encoder" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "rms_norm_eps": 0.5}))
-    with pytest.raises(
-        ConvertError, match=r"its source gives another text_encoder/config\.json now"
-    ):
+    with pytest.raises(ConvertError, match=r"its source gives another text_encoder/config\.json now"):
         convert(source, output)
     convert(source, output, force=True)
     assert json.loads((output / "text_encoder" / "config.json").read_text())["rms_norm_eps"] == 0.5
@@ -389,6 +387,19 @@ def test_a_finished_run_that_was_damaged(output: Path) -> None:
         convert(saved("z_image"), output)
     convert(saved("z_image"), output, force=True)
     assert verify(output).ok
+
+
+def test_a_users_file_in_a_finished_run_is_no_damage(output: Path) -> None:
+    mine = output / "transformer" / "notes.txt"
+    mine.write_text("mine")
+    assert convert(saved("z_image"), output).already_done
+    told = r"holds transformer/notes\.txt, which fp8-convert did not write there; move what you need away"
+    with pytest.raises(ConvertError, match=told):
+        convert(saved("z_image"), output, check=True)
+    (output / DIT).unlink()
+    with pytest.raises(ConvertError, match=told):  # and not --force, which would refuse it
+        convert(saved("z_image"), output)
+    assert mine.read_text() == "mine"
 
 
 def test_the_same_commit_of_a_hub_repository_is_not_downloaded_again(
