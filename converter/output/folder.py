@@ -10,8 +10,14 @@ from pathlib import Path
 from ..format.layout import MAX_RECORD_BYTES, RECORD_FILE, STAGING
 from ..format.untrusted import parse_json, read_whole
 from ..telling.errors import ConvertError
-from .journal import Done, read_journal
-from .writing import file_sha256
+from .journal import JOURNAL_FILE, Done, read_journal
+from .writing import file_sha256, temporary_name
+
+# What a conversion has in the staging folder: files that are a sign of one, and folders of finished files and of source
+# shards that are streamed.
+LOCK_FILE = "lock"
+SIGNS = (temporary_name(JOURNAL_FILE), JOURNAL_FILE, LOCK_FILE)
+NEW, SOURCE = "new", "source"
 
 
 def refuse_links(folder: Path, paths: Collection[str]) -> None:
@@ -36,7 +42,7 @@ def refuse_links(folder: Path, paths: Collection[str]) -> None:
 def refuse_foreign(folder: Path) -> None:
     """Raise ConvertError for files in the folder that are not this project's, by its record and its journal."""
     present = {*_files(folder)}
-    foreign = sorted(present - own_files(folder))
+    foreign = [*sorted(present - own_files(folder)), *sorted(_foreign_staged(folder))]
     if not foreign:
         return
     if RECORD_FILE in present and _recorded(folder) is None:
@@ -88,6 +94,18 @@ def _recorded(folder: Path) -> set[str] | None:
         return {*parse_json(read_whole(folder / RECORD_FILE, RECORD_FILE, MAX_RECORD_BYTES))["files"]}
     except (ConvertError, ValueError, KeyError, TypeError):
         return None
+
+
+def _foreign_staged(folder: Path) -> Iterator[str]:
+    """Files below the staging folder that no conversion left there; without a lock or a journal all of them."""
+    staging = folder / STAGING
+    known = {*SIGNS, NEW, SOURCE} if any((staging / name).is_file() for name in SIGNS) else set()
+    for where, folders, names in os.walk(staging):
+        below = Path(where).relative_to(staging)
+        if below == Path():
+            folders[:] = [name for name in folders if name not in known]
+            names = [name for name in names if name not in known]
+        yield from ((Path(STAGING) / below / name).as_posix() for name in names)
 
 
 def _files(folder: Path) -> Iterator[str]:

@@ -11,6 +11,7 @@ so that the same conversion gives the same archive.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -20,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from ..format.layout import RECORD_FILE, STAGING
 from ..telling.errors import ConvertError, ResumableError
-from .folder import is_as_journalled, own_files, refuse_foreign, refuse_links
+from .folder import LOCK_FILE, NEW, SIGNS, SOURCE, is_as_journalled, own_files, refuse_foreign, refuse_links
 from .journal import Done, Journal, add_changed, add_done, begin_journal, journal_file, read_journal
 from .publishing import constant_mtime, publish
 from .writing import disk_errors
@@ -35,7 +36,7 @@ class Target:
         self._created, self._force = created, force
         self._taken_up = False
         self._staging = folder / STAGING
-        self._new = self._staging / "new"
+        self._new = self._staging / NEW
         self._mtime = constant_mtime()
         self.done: dict[str, Done] = {}
 
@@ -50,7 +51,7 @@ class Target:
             self._discard()
         self._lock.release()
         if error is None and self._staging.exists():  # where an open lock file cannot be removed (Windows)
-            shutil.rmtree(self._staging, ignore_errors=True)
+            self._remove_staging()
 
     def staged(self, path: str) -> Path:
         """Where the output file `path` is written first."""
@@ -59,7 +60,7 @@ class Target:
     @property
     def sources(self) -> Path:
         """Where source shards lie while they are streamed."""
-        return self._staging / "source"
+        return self._staging / SOURCE
 
     def earlier(self, key: str) -> Journal | None:
         """What an earlier run with the same `key` (source, recipe, tool) left, None if there was none.
@@ -128,12 +129,21 @@ class Target:
         before_the_last: called before the renames that make the snapshot loadable and finished.
         """
         publish(self.folder, self._new, paths, self._mtime, before_the_last)
-        shutil.rmtree(self._staging, ignore_errors=True)
+        self._remove_staging()
         with disk_errors(str(self.folder)):
             os.utime(self.folder, (self._mtime, self._mtime))
 
+    def _remove_staging(self) -> None:
+        """Remove what a conversion left there; the signs that it was one last, and nothing that is not known."""
+        for work in (self._new, self.sources):
+            shutil.rmtree(work, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for name in SIGNS:
+                (self._staging / name).unlink(missing_ok=True)
+            self._staging.rmdir()
+
     def _discard(self) -> None:
-        shutil.rmtree(self._staging, ignore_errors=True)
+        self._remove_staging()
         if self._created:
             try:
                 self.folder.rmdir()
@@ -155,7 +165,7 @@ def open_target(folder: Path, paths: Collection[str], *, force: bool) -> Target:
         raise _finished(folder)
     try:
         (folder / STAGING).mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / STAGING / "lock")
+        lock = FileLock(folder / STAGING / LOCK_FILE)
         lock.acquire(blocking=False)
     except Timeout as error:
         raise ConvertError(f"Another fp8-convert is writing {folder}; wait for it or choose another folder.") from error

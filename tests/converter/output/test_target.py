@@ -138,6 +138,28 @@ def test_a_users_file_with_the_name_of_a_staged_one_is_refused(
     assert verify(output, source=source).ok
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "new/notes.txt", "drafts/one.txt"])
+def test_a_staging_folder_that_no_conversion_left_is_refused(tmp_path: Path, name: str) -> None:
+    mine = tmp_path / "out" / STAGING / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(ConvertError, match=f"holds {STAGING}/{name}, which fp8-convert did not write there; move what"):
+        convert(saved("z_image"), tmp_path / "out")
+    assert contents(tmp_path / "out") == {f"{STAGING}/{name}": b"mine"}
+
+
+def test_a_users_file_in_the_staging_folder_of_a_conversion_is_refused(tmp_path: Path) -> None:
+    stop_before_the_end(tmp_path / "out")
+    mine = tmp_path / "out" / STAGING / "notes.txt"
+    mine.write_text("mine")
+    with pytest.raises(ConvertError, match=rf"holds {STAGING}/notes\.txt, which fp8-convert did not write there"):
+        convert(saved("z_image"), tmp_path / "out")
+    assert mine.read_text() == "mine"
+    mine.unlink()
+    assert convert(saved("z_image"), tmp_path / "out").resumed_shards > 0
+    assert not mine.parent.exists()
+
+
 def test_a_users_file_that_comes_while_a_conversion_runs_is_refused(tmp_path: Path) -> None:
     source, output = with_readme(tmp_path / "source"), tmp_path / "out"
 
