@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from pathlib import Path
 from .format import layout
 from .format.reader import as_json
 from .format.record import Record
+from .output.folder import refuse_foreign
 from .output.writing import file_sha256
 from .plan.plan import Plan
 from .plan.recipe import tool_version
@@ -24,17 +26,21 @@ def check_finished(record: Record, plan: Plan, files: Files, folder: Path, *, ch
     """Raise ConvertError unless the snapshot in `folder`, whose record is given, is what `plan` would write.
 
     files: the source's. A Hub source is the same at the same commit; a local one is read and its digests are compared.
-    Of the output, files and sizes are looked at; with `check` every digest too.
+    Of the output, files and sizes are looked at; with `check` every digest too, and files that are not this project's.
     """
-    if differences := [*_recipe_differences(record, plan), *_source_differences(record, plan, files, progress)]:
+    differences = [*_recipe_differences(record, plan), *_source_differences(record, plan, files, progress)]
+    if differences := differences or [*_small_file_differences(record, plan, files)]:
         raise ConvertError(
             f"{folder} holds a finished FP8 snapshot made otherwise ({'; '.join(differences[:3])}); pass --force to "
             "replace it, or choose another folder."
         )
+    if check:
+        refuse_foreign(folder)
     damage = [path for path, entry in record.files.items() if _size(folder / path) != entry.size]
     if not damage and check:
         damage = [finding.path for finding in verify(folder, progress=progress).findings]
     if damage:
+        refuse_foreign(folder)  # or --force would, and only then
         raise ConvertError(
             f"{folder} holds the finished snapshot, but it is damaged: {damage[0]} is not as it was written; run "
             "`fp8-convert verify` to see all, or pass --force to convert again."
@@ -72,9 +78,19 @@ def _source_differences(record: Record, plan: Plan, files: Files, progress: Prog
             if sha256 != stated[path].source_sha256:
                 yield f"its source's {path} has changed"
     progress.close()
-    for path in plan.sidecars:
-        entry = record.files.get(path)
-        if entry is None or content_sha256(files, path) != entry.sha256:
+
+
+def _small_file_differences(record: Record, plan: Plan, files: Files) -> Iterator[str]:
+    """Of all but shards, for the same recipe and shards, of which configs and indices are made."""
+    if plan.snapshot.commit is not None:
+        return
+    stated = {path: entry for path, entry in record.files.items() if path not in record.shards}
+    for path in sorted(stated.keys() ^ {*plan.files, *plan.sidecars}):
+        yield f"its source {'had' if path in stated else 'had no'} {path}"
+    for path, entry in stated.items():
+        if path in plan.files and hashlib.sha256(plan.files[path]).hexdigest() != entry.sha256:
+            yield f"its source gives another {path} now"
+        elif path in plan.sidecars and content_sha256(files, path) != entry.sha256:
             yield f"its source's {path} has changed"
 
 

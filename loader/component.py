@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..converter.format import layout
+from ..converter.format.header import TensorInfo
 from ..converter.plan.plan import ComponentPlan
 from ..converter.snapshot.files import LocalFiles
 from ..converter.snapshot.snapshot import Component
@@ -50,9 +51,11 @@ def load(component: Component, root: Path, planned: Planned, target: Target) -> 
     plan, supply = planned.get(component.name), FolderSupply(LocalFiles(root))
     fp8 = fp8_modules(component) if plan is None else planned_modules(plan)
     model = build(component, target.dtype)
-    names = tensor_names(model, _keys(component, plan), fp8.modules)
+    tensors = _tensors(component, plan)
+    names = tensor_names(model, [t.name for t in tensors], fp8.modules)
     install_all(model, fp8, names, dtype=target.dtype, backend=target.backend, label=component.label)
     filler = Filler(model, names, target.dtype, target.device, component.label)
+    filler.check_dtypes(tensors)
     if plan is None:
         fill_from_shards(filler, component.shards, supply)
     else:
@@ -66,11 +69,11 @@ def load(component: Component, root: Path, planned: Planned, target: Target) -> 
     return model
 
 
-def _keys(component: Component, plan: ComponentPlan | None) -> list[str]:
+def _tensors(component: Component, plan: ComponentPlan | None) -> list[TensorInfo]:
     """The tensors that the model is filled from, by checkpoint name."""
     if plan is None:
-        return [tensor.name for tensor in component.tensors]
-    return [output.name for shard in plan.shards for output in shard.schedule.outputs]
+        return [*component.tensors]
+    return [output for shard in plan.shards for output in shard.schedule.outputs]
 
 
 def _warn_of_unexpected(component: Component, unexpected: list[str]) -> None:

@@ -64,6 +64,20 @@ class Filler:
         self._arriving: dict[str, _Arriving] = {}
         self._host_scales: dict[str, bytearray] = {}
 
+    def check_dtypes(self, infos: Iterable[TensorInfo]) -> None:
+        """Raises LoadError for integers where the model computes in floating point."""
+        for info in infos:
+            place, source = self._place(info), _DTYPES.get(info.dtype)
+            if place is None or source is None or source.is_floating_point:
+                continue
+            part, leaf = place
+            expected = part._parameters.get(leaf)  # an FP8 weight's is an integer itself
+            if expected is not None and expected.is_floating_point():
+                raise LoadError(
+                    f"{info.name} of {self.label} has the dtype {info.dtype}, and {type(part).__name__} needs a "
+                    "floating-point one; give a snapshot with its BF16, FP16 or FP32 weight."
+                )
+
     def memory(self, info: TensorInfo) -> Tensor | None:
         """The bytes of a tensor to come, uint8 [nbytes] on the device; None for one that the model does not
         have.

@@ -105,10 +105,12 @@ def _check_components(root: Path, record: Record, snapshot: Snapshot) -> None:
 def described(source: Snapshot, record: Record) -> tuple[str, tuple[str, ...]]:
     """What is compared with, and notes on what that source cannot tell."""
     label = source.label if source.commit is None else f"{source.label} @ {source.commit}"
-    stated = record.source.repo
+    notes, stated = [], record.source.repo
     if stated is not None and source.repo is None:
-        return label, (f"that it was made from {stated!r:.80} is not checked: the source given is a folder",)
-    return label, ()
+        notes.append(f"that it was made from {stated!r:.80} is not checked: the source given is a folder")
+    if record.recipe.input_scales_sha256 is not None:
+        notes.append("the input scales are not checked: they come from a file of their own, not from the source")
+    return label, tuple(notes)
 
 
 def _recorded_manifest(root: Path, record: Record, manifest: str | None) -> Manifest:

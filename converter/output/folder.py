@@ -10,7 +10,14 @@ from pathlib import Path
 from ..format.layout import MAX_RECORD_BYTES, RECORD_FILE, STAGING
 from ..format.untrusted import parse_json, read_whole
 from ..telling.errors import ConvertError
-from .journal import read_journal
+from .journal import JOURNAL_FILE, Done, read_journal
+from .writing import file_sha256, temporary_name
+
+# What a conversion has in the staging folder: files that are a sign of one, and folders of finished files and of source
+# shards that are streamed.
+LOCK_FILE = "lock"
+SIGNS = (temporary_name(JOURNAL_FILE), JOURNAL_FILE, LOCK_FILE)
+NEW, SOURCE = "new", "source"
 
 
 def refuse_links(folder: Path, paths: Collection[str]) -> None:
@@ -33,9 +40,9 @@ def refuse_links(folder: Path, paths: Collection[str]) -> None:
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Raise ConvertError for files in the folder that neither its record nor its journal names."""
+    """Raise ConvertError for files in the folder that are not this project's, by its record and its journal."""
     present = {*_files(folder)}
-    foreign = sorted(present - own_files(folder))
+    foreign = [*sorted(present - own_files(folder)), *sorted(_foreign_staged(folder))]
     if not foreign:
         return
     if RECORD_FILE in present and _recorded(folder) is None:
@@ -53,10 +60,32 @@ def refuse_foreign(folder: Path) -> None:
 
 
 def own_files(folder: Path) -> set[str]:
-    """Files in the folder that its record or its journal names, whatever version wrote them."""
-    journal = read_journal(folder)
-    journalled = journal.replaces | journal.paths if journal else frozenset()
-    return {RECORD_FILE, *(_recorded(folder) or ()), *journalled} & {*_files(folder)}
+    """Files in the folder that are this project's, as its record and its journal tell, whatever version wrote them.
+
+    That a file is journalled says that it was staged. It is in the folder only if it was renamed there, so that its
+    bytes decide: else it is somebody else's, of the same name.
+    """
+    journal, recorded = read_journal(folder), _recorded(folder) or set()
+    replaces, done = (journal.replaces, journal.done) if journal else (frozenset(), {})
+
+    def is_own(path: str) -> bool:
+        if path == RECORD_FILE or path in replaces:
+            return True
+        return is_as_journalled(folder / path, done[path]) if path in done else path in recorded
+
+    return {path for path in _files(folder) if is_own(path)}
+
+
+def is_as_journalled(file: Path, done: Done) -> bool:
+    """Whether a file, and no link, has the size and digest that the journal states."""
+    try:
+        about = file.lstat()
+        if not stat.S_ISREG(about.st_mode) or about.st_size != done.size:
+            return False
+        with open(file, "rb", buffering=0) as opened:
+            return file_sha256(opened.fileno()) == done.sha256
+    except OSError:
+        return False
 
 
 def _recorded(folder: Path) -> set[str] | None:
@@ -65,6 +94,18 @@ def _recorded(folder: Path) -> set[str] | None:
         return {*parse_json(read_whole(folder / RECORD_FILE, RECORD_FILE, MAX_RECORD_BYTES))["files"]}
     except (ConvertError, ValueError, KeyError, TypeError):
         return None
+
+
+def _foreign_staged(folder: Path) -> Iterator[str]:
+    """Files below the staging folder that no conversion left there; without a lock or a journal all of them."""
+    staging = folder / STAGING
+    known = {*SIGNS, NEW, SOURCE} if any((staging / name).is_file() for name in SIGNS) else set()
+    for where, folders, names in os.walk(staging):
+        below = Path(where).relative_to(staging)
+        if below == Path():
+            folders[:] = [name for name in folders if name not in known]
+            names = [name for name in names if name not in known]
+        yield from ((Path(STAGING) / below / name).as_posix() for name in names)
 
 
 def _files(folder: Path) -> Iterator[str]:

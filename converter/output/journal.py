@@ -17,6 +17,8 @@ from typing import Any
 from ..format.layout import STAGING
 from .writing import disk_errors, write_small
 
+JOURNAL_FILE = "journal.jsonl"
+
 
 @dataclass(frozen=True)
 class Done:
@@ -51,7 +53,7 @@ class Journal:
 
 def journal_file(folder: Path) -> Path:
     """Where the journal of an output folder lies."""
-    return folder / STAGING / "journal.jsonl"
+    return folder / STAGING / JOURNAL_FILE
 
 
 def read_journal(folder: Path) -> Journal | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..format.layout import RECORD_FILE
 from ..snapshot.snapshot import CONFIG, MODEL_INDEX
-from ..telling.errors import ConvertError
+from ..telling.errors import ConvertError, ResumableError
 from .folder import own_files
 from .writing import disk_errors, sync_folder
 
@@ -29,11 +29,17 @@ def publish(folder: Path, new: Path, paths: Collection[str], mtime: int, before_
     """Rename the finished files `paths` from `new` into `folder`; drop what they replace.
 
     mtime: of all of them and their folders. before_the_last: called before the two renames that make the snapshot
-    loadable and finished. Raises ResumableError.
+    loadable and finished. Raises ResumableError, also for a file that somebody else has put there meanwhile.
     """
+    own = own_files(folder)
+    if foreign := sorted(path for path in paths if path not in own and os.path.lexists(folder / path)):
+        raise ResumableError(
+            f"{folder} holds {foreign[0]}, which fp8-convert did not write there; move it away and run the same "
+            "command again to resume."
+        )
     with disk_errors(str(folder)):
         last = [path for path in (MODEL_INDEX, CONFIG, RECORD_FILE) if path in paths]
-        _remove_replaced(folder, new, {*paths})
+        _remove_replaced(folder, new, own - {*paths})
         _rename(folder, new, sorted({*paths} - {*last}), mtime)
         _stamp_folders(folder, paths, mtime)
         before_the_last()
@@ -41,9 +47,8 @@ def publish(folder: Path, new: Path, paths: Collection[str], mtime: int, before_
         sync_folder(folder)
 
 
-def _remove_replaced(folder: Path, new: Path, paths: set[str]) -> None:
-    """Remove this project's files that are not to stand there any more, or are about to be others."""
-    stale = own_files(folder) - paths - {RECORD_FILE}
+def _remove_replaced(folder: Path, new: Path, stale: set[str]) -> None:
+    """Remove the files of this project that are not to stand there any more, or are about to be others."""
     # What makes the old snapshot loadable goes first; its record goes last, since it knows what else is stale.
     for path in (MODEL_INDEX, CONFIG, *sorted(stale), RECORD_FILE):
         if (new / path).exists() or path in stale:

@@ -4,12 +4,14 @@ Everything is first written below OUT/.fp8-convert/new and journalled file by fi
 are renamed into OUT, the file that makes it loadable (model_index.json, or a lone component's config.json) and the
 record last. So an unfinished conversion never looks like a snapshot, and the same command resumes it.
 
-Nothing is written through a symbolic link inside OUT, and no file there is replaced that neither the record nor the
-journal names. Files and folders get one constant modification time, so that the same conversion gives the same archive.
+Nothing is written through a symbolic link inside OUT, and no file there is replaced but this project's: those that the
+record names, or that were renamed there by the journal's digests. Files and folders get one constant modification time,
+so that the same conversion gives the same archive.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -18,12 +20,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..format.layout import RECORD_FILE, STAGING
-from ..stream.reading import open_for_reading
 from ..telling.errors import ConvertError, ResumableError
-from .folder import own_files, refuse_foreign, refuse_links
+from .folder import LOCK_FILE, NEW, SIGNS, SOURCE, is_as_journalled, own_files, refuse_foreign, refuse_links
 from .journal import Done, Journal, add_changed, add_done, begin_journal, journal_file, read_journal
 from .publishing import constant_mtime, publish
-from .writing import disk_errors, file_sha256
+from .writing import disk_errors
 
 
 class Target:
@@ -35,7 +36,7 @@ class Target:
         self._created, self._force = created, force
         self._taken_up = False
         self._staging = folder / STAGING
-        self._new = self._staging / "new"
+        self._new = self._staging / NEW
         self._mtime = constant_mtime()
         self.done: dict[str, Done] = {}
 
@@ -50,7 +51,7 @@ class Target:
             self._discard()
         self._lock.release()
         if error is None and self._staging.exists():  # where an open lock file cannot be removed (Windows)
-            shutil.rmtree(self._staging, ignore_errors=True)
+            self._remove_staging()
 
     def staged(self, path: str) -> Path:
         """Where the output file `path` is written first."""
@@ -59,7 +60,7 @@ class Target:
     @property
     def sources(self) -> Path:
         """Where source shards lie while they are streamed."""
-        return self._staging / "source"
+        return self._staging / SOURCE
 
     def earlier(self, key: str) -> Journal | None:
         """What an earlier run with the same `key` (source, recipe, tool) left, None if there was none.
@@ -103,16 +104,7 @@ class Target:
 
     def recheck(self, done: Done) -> bool:
         """Whether a journalled file is still there with its size and digest."""
-        for place in (self._new / done.path, self.folder / done.path):
-            if not place.is_file() or place.stat().st_size != done.size:
-                continue
-            fd = open_for_reading(place, done.path)
-            try:
-                if file_sha256(fd) == done.sha256:
-                    return True
-            finally:
-                os.close(fd)
-        return False
+        return any(is_as_journalled(top / done.path, done) for top in (self._new, self.folder))
 
     def add(self, done: Done) -> None:
         """Journal a finished file."""
@@ -137,12 +129,21 @@ class Target:
         before_the_last: called before the renames that make the snapshot loadable and finished.
         """
         publish(self.folder, self._new, paths, self._mtime, before_the_last)
-        shutil.rmtree(self._staging, ignore_errors=True)
+        self._remove_staging()
         with disk_errors(str(self.folder)):
             os.utime(self.folder, (self._mtime, self._mtime))
 
+    def _remove_staging(self) -> None:
+        """Remove what a conversion left there; the signs that it was one last, and nothing that is not known."""
+        for work in (self._new, self.sources):
+            shutil.rmtree(work, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for name in SIGNS:
+                (self._staging / name).unlink(missing_ok=True)
+            self._staging.rmdir()
+
     def _discard(self) -> None:
-        shutil.rmtree(self._staging, ignore_errors=True)
+        self._remove_staging()
         if self._created:
             try:
                 self.folder.rmdir()
@@ -164,7 +165,7 @@ def open_target(folder: Path, paths: Collection[str], *, force: bool) -> Target:
         raise _finished(folder)
     try:
         (folder / STAGING).mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / STAGING / "lock")
+        lock = FileLock(folder / STAGING / LOCK_FILE)
         lock.acquire(blocking=False)
     except Timeout as error:
         raise ConvertError(f"Another fp8-convert is writing {folder}; wait for it or choose another folder.") from error

@@ -33,7 +33,7 @@ class FileWriter:
 
     def __init__(self, path: Path, size: int, label: str) -> None:
         self.path, self.size, self.label = path, size, label
-        self._temporary = path.with_name(_temporary_name(path.name))
+        self._temporary = path.with_name(temporary_name(path.name))
         self._hash = hashlib.sha256()
         self._position = 0  # of the next piece in the file
         self._fill = 0
@@ -237,6 +237,9 @@ def sync_folder(folder: Path) -> None:
             os.close(fd)
 
 
-def _temporary_name(name: str) -> str:
-    """Short, since a name may be as long as the file system allows, and another file's for no other name."""
+def temporary_name(name: str) -> str:
+    """What a file is called until it is committed.
+
+    Short, since a name may be as long as the file system allows, and another file's for no other name.
+    """
     return f".{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}.tmp"

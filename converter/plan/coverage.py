@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from ..format.layout import WEIGHT
 from ..snapshot.snapshot import Component, Snapshot
 from ..telling.errors import ConvertError
 from .decide import PlannedTensor
@@ -42,6 +43,22 @@ def kept_note(
         return None
     linears = f", and {_percent(share)} of its linear parameters become FP8" if rules.runs_in_fp8 else ""
     return f"{_size(kept_bytes)} of {label} ({_percent(kept_bytes / total)}) stay as they are{linears}: {reasons(kept)}"
+
+
+def integer_note(label: str, tensors: Iterable[PlannedTensor]) -> str | None:
+    """Weights of linears that hold integers: they are copied, and no class computes with them as they are."""
+    found = [
+        t
+        for t in tensors
+        if t.decision.kind == "Linear" and t.info.name.endswith(WEIGHT) and not t.info.dtype.startswith(("F", "BF"))
+    ]
+    if not found:
+        return None
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    return (
+        f"{found[0].info.name}{more} of {label} has the integer dtype {found[0].info.dtype} and stays as it is; a "
+        "linear layer cannot be loaded with such a weight"
+    )
 
 
 def unnamed_notes(snapshot: Snapshot, manifest: Manifest) -> list[str]:

@@ -16,7 +16,7 @@ from ..snapshot.snapshot import CONFIG, MODEL_INDEX, Component, LeftOut, Snapsho
 from ..telling.errors import ConvertError
 from ..telling.quantities import byte_count
 from .component import encode_index, plan_component
-from .coverage import kept_note, nothing_converted, unnamed_notes, why_unnamed
+from .coverage import integer_note, kept_note, nothing_converted, unnamed_notes, why_unnamed
 from .decide import PlannedTensor, check_patterns, decide, expand_aliases, keep_all
 from .manifest import ComponentRules
 from .matching import Match, components_of, match_entries, match_tables, refuse_problems, why_unmatched
@@ -202,8 +202,8 @@ def _coverage_notes(
         if rules is None or component.name in problems:
             continue
         tensors = list(decisions[component.name].values())
-        note = kept_note(component.label, tensors, rules, asked, recipe.manifest.name)
-        notes += [note] if note else []
+        kept = kept_note(component.label, tensors, rules, asked, recipe.manifest.name)
+        notes += filter(None, [kept, integer_note(component.label, tensors)])
     return notes
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from pipelines import copied, saved
 from reference import Tensor, amax, fp8_weight, read_safetensors
 from safetensors.torch import load_file, save_file
@@ -315,4 +317,29 @@ def test_demo(tmp_path: Path) -> None:
     assert "fp8 w8a8 tensor" in text
     assert ": ok (" in text
     assert "every promised module is FP8" in text
-    assert (tmp_path / "demo.png").stat().st_size > 0
+    picture = tmp_path / "demo.png"
+    with Image.open(picture) as image:
+        image.rotate(90).save(picture, pnginfo=image_info(image))
+    edited = picture.read_bytes()
+    with pytest.raises(
+        ConvertError, match=r"demo\.png, where the demo's picture goes, exists and no demo wrote it; move"
+    ):
+        run_demo(tmp_path / "demo", said.append)
+    assert picture.read_bytes() == edited
+
+
+def image_info(image: Image.Image) -> PngInfo:
+    """The texts of a picture, as an editor keeps them."""
+    info = PngInfo()
+    for key, value in image.info.items():
+        info.add_text(str(key), value)
+    return info
+
+
+@pytest.mark.parametrize("content", [b"not a picture", b""])
+def test_demo_leaves_a_users_picture(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "demo.png").write_bytes(content)
+    with pytest.raises(ConvertError, match=r"demo\.png, where the demo's picture goes, exists and no demo wrote it"):
+        run_demo(tmp_path / "demo", lambda line: None)
+    assert (tmp_path / "demo.png").read_bytes() == content
+    assert not (tmp_path / "demo").exists()

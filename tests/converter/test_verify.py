@@ -207,6 +207,12 @@ def test_a_damaged_source_is_a_finding_and_the_rest_is_compared(spoilt: Path, tm
     assert third[1].startswith(f"cannot be compared with its source: {LAYER}.weight in {DIT}")
 
 
+def test_input_scales_are_said_to_be_taken_as_stated(static: Path, converted: Path) -> None:
+    said = "the input scales are not checked: they come from a file of their own, not from the source"
+    assert verify(static, source=saved("z_image")).notes == (said,)
+    assert verify(converted, source=saved("z_image")).notes == ()
+
+
 def test_damaged_static_scales_keep_the_findings(static: Path) -> None:
     assert findings(static, source=saved("z_image")) == []
     spoil(static / DIT, 8, b"[")

@@ -230,6 +230,17 @@ def test_scales_of_another_dtype_raise(damaged: Path) -> None:
         load_pipeline(damaged, device="cpu", strict=False)
 
 
+def test_an_integer_weight_of_a_linear_is_told_and_cannot_be_loaded(tmp_path: Path) -> None:
+    source = Path(shutil.copytree(pipelines.saved("z_image"), tmp_path / "source"))
+    name = "cap_embedder.1.weight"
+    _rewrite(source / SHARD, lambda t: t.update({name: t[name].to(torch.int8)}))
+    result = convert(source, tmp_path / "out")
+    assert any(f"{name} of transformer has the integer dtype I8" in note for note in result.plan.notes)
+    for folder, options in ((tmp_path / "out", {}), (source, {"quantization": "fp8"})):
+        with pytest.raises(LoadError, match=r"cap_embedder\.1\.weight of transformer has the dtype I8, and Lin"):
+            load_pipeline(folder, device="cpu", **options)
+
+
 def test_a_weight_that_lost_its_codes_raises(damaged: Path) -> None:
     _rewrite(damaged / SHARD, lambda t: t.update({f"{LAYER}.weight": t[f"{LAYER}.weight"].bfloat16()}))
     with pytest.raises(LoadError, match="should be FP8 by the shards' metadata"):

@@ -21,6 +21,7 @@ from pipelines import copied, saved
 from fp8_convert.converter import ConvertError, ResumableError, convert, verify
 from fp8_convert.converter.format.layout import STAGING
 from fp8_convert.converter.output import run
+from fp8_convert.converter.output.target import Target
 from fp8_convert.converter.plan.recipe import parse_size
 from fp8_convert.converter.plan.settings import Settings
 from fp8_convert.converter.stream import component_stream
@@ -111,6 +112,95 @@ def test_files_put_beside_an_unfinished_conversion_are_refused(tmp_path: Path, n
     mine.unlink()
     assert convert(saved("z_image"), output).resumed_shards > 0
     assert verify(output).ok
+
+
+@pytest.mark.parametrize("again", ["z_image", "qwen_image"])
+@pytest.mark.parametrize("name", ["README.md", "vae/config.json", DIT])
+def test_a_users_file_with_the_name_of_a_staged_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, again: str
+) -> None:
+    """Journalled is not renamed: what stands in the folder meanwhile is somebody else's."""
+    source, output = with_readme(tmp_path / "source"), tmp_path / "out"
+    with monkeypatch.context() as stopped:
+        stopped.setattr(Target, "publish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, output)
+    assert (output / STAGING / "new" / name).is_file()
+    mine = output / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    with pytest.raises(ConvertError, match=f"holds {name}, which fp8-convert did not write there; move what you need"):
+        convert(source if again == "z_image" else saved(again), output)
+    assert mine.read_text() == "mine"
+    mine.unlink()
+    result = convert(source, output)
+    assert result.resumed_shards == len(result.plan.shards)
+    assert verify(output, source=source).ok
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "new/notes.txt", "drafts/one.txt"])
+def test_a_staging_folder_that_no_conversion_left_is_refused(tmp_path: Path, name: str) -> None:
+    mine = tmp_path / "out" / STAGING / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(ConvertError, match=f"holds {STAGING}/{name}, which fp8-convert did not write there; move what"):
+        convert(saved("z_image"), tmp_path / "out")
+    assert contents(tmp_path / "out") == {f"{STAGING}/{name}": b"mine"}
+
+
+def test_a_users_file_in_the_staging_folder_of_a_conversion_is_refused(tmp_path: Path) -> None:
+    stop_before_the_end(tmp_path / "out")
+    mine = tmp_path / "out" / STAGING / "notes.txt"
+    mine.write_text("mine")
+    with pytest.raises(ConvertError, match=rf"holds {STAGING}/notes\.txt, which fp8-convert did not write there"):
+        convert(saved("z_image"), tmp_path / "out")
+    assert mine.read_text() == "mine"
+    mine.unlink()
+    assert convert(saved("z_image"), tmp_path / "out").resumed_shards > 0
+    assert not mine.parent.exists()
+
+
+def test_a_users_file_that_comes_while_a_conversion_runs_is_refused(tmp_path: Path) -> None:
+    source, output = with_readme(tmp_path / "source"), tmp_path / "out"
+
+    class Writing(Silent):
+        def close(self) -> None:
+            (output / "README.md").write_text("mine")
+
+    with pytest.raises(ResumableError, match=r"holds README\.md, which fp8-convert did not write there; move it away"):
+        convert(source, output, progress=Writing())
+    assert (output / "README.md").read_text() == "mine"
+    (output / "README.md").unlink()
+    assert convert(source, output).resumed_shards > 0
+    assert verify(output, source=source).ok
+
+
+def test_a_file_that_was_edited_after_it_was_renamed_is_refused(tmp_path: Path) -> None:
+    source, output = with_readme(tmp_path / "source"), tmp_path / "out"
+
+    class Killed(Silent):
+        def finishing(self) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, output, progress=Killed())
+    (output / "README.md").write_text("mine")
+    with pytest.raises(ConvertError, match=r"holds README\.md, which fp8-convert did not write there"):
+        convert(source, output)
+    assert (output / "README.md").read_text() == "mine"
+    (output / "README.md").unlink()
+    convert(source, output)
+    assert verify(output, source=source).ok
+
+
+def with_readme(folder: Path) -> Path:
+    source = copied(saved("z_image"), folder)
+    (source / "README.md").write_text("The source's.")
+    return source
+
+
+def stop(*arguments: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_what_is_not_ours_stays_under_force(output: Path) -> None:
@@ -274,6 +364,31 @@ def test_another_source_says_what_differs(output: Path, tmp_path: Path) -> None:
         convert(source, output)
 
 
+def test_a_config_of_the_source_that_changed_says_so(output: Path, tmp_path: Path) -> None:
+    """What is written for a converted component is no copy of a source's file."""
+    source = copied(saved("z_image"), tmp_path / "source")
+    assert convert(source, output).already_done
+    config = source / "text_encoder" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "rms_norm_eps": 0.5}))
+    with pytest.raises(ConvertError, match=r"its source gives another text_encoder/config\.json now"):
+        convert(source, output)
+    convert(source, output, force=True)
+    assert json.loads((output / "text_encoder" / "config.json").read_text())["rms_norm_eps"] == 0.5
+
+
+def test_a_source_with_other_sidecars_says_so(tmp_path: Path) -> None:
+    source, output = with_readme(tmp_path / "source"), tmp_path / "out"
+    convert(source, output)
+    (source / "README.md").unlink()
+    with pytest.raises(ConvertError, match=r"made otherwise \(its source had README\.md\); pass --force"):
+        convert(source, output)
+    (source / "LICENSE").write_text("new")
+    with pytest.raises(ConvertError, match=r"\(its source had no LICENSE; its source had README\.md\)"):
+        convert(source, output)
+    convert(source, output, force=True)
+    assert not (output / "README.md").exists()
+
+
 def test_another_version_says_so(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("finished", "plan.recipe"):
         monkeypatch.setattr(f"fp8_convert.converter.{module}.tool_version", lambda: "9.9")
@@ -294,6 +409,19 @@ def test_a_finished_run_that_was_damaged(output: Path) -> None:
         convert(saved("z_image"), output)
     convert(saved("z_image"), output, force=True)
     assert verify(output).ok
+
+
+def test_a_users_file_in_a_finished_run_is_no_damage(output: Path) -> None:
+    mine = output / "transformer" / "notes.txt"
+    mine.write_text("mine")
+    assert convert(saved("z_image"), output).already_done
+    told = r"holds transformer/notes\.txt, which fp8-convert did not write there; move what you need away"
+    with pytest.raises(ConvertError, match=told):
+        convert(saved("z_image"), output, check=True)
+    (output / DIT).unlink()
+    with pytest.raises(ConvertError, match=told):  # and not --force, which would refuse it
+        convert(saved("z_image"), output)
+    assert mine.read_text() == "mine"
 
 
 def test_the_same_commit_of_a_hub_repository_is_not_downloaded_again(
@@ -448,6 +576,7 @@ def test_a_signal_after_the_last_rename_comes_too_late(tmp_path: Path, number: s
 SLOW_CLEANUP = """
 import sys, time
 from fp8_convert.converter.output import run
+from fp8_convert.converter.output.target import Target
 from fp8_convert.converter.output import target
 write, leave = run._write_shard, target.Target.__exit__
 run._write_shard = lambda *a: (print("writing", flush=True), time.sleep(0.2), write(*a))[2]
