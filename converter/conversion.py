@@ -253,4 +253,4 @@ def _check_outside(output: Path, source: str | os.PathLike[str]) -> None:
     if not Path(source).is_dir():
         return
     if output.resolve().is_relative_to(Path(source).resolve()):
-        raise ConvertError(f"{output} is the source or lies inside it; choose another folder for the output.")
+        raise ConvertError(f"{output} is the source or is inside it; choose another folder for the output.")

@@ -165,7 +165,7 @@ def inspect(path: str | os.PathLike[str], *, options: HubAccess | None = None) -
 def _inspect_file(path: Path) -> Inspection:
     """One safetensors file, whoever wrote it; what its modules are is not known."""
     if path.suffix != ".safetensors":
-        raise ConvertError(f"{path} is no .safetensors file; give one, or the folder of a snapshot.")
+        raise ConvertError(f"{path} is not a .safetensors file; give one, or the folder of a snapshot.")
     header = read_header(path, str(path))
     shard = Shard(path.name, header.file_size, header)
     component = Component("", "", None, {}, path.stem, (shard,), None)

@@ -80,7 +80,7 @@ def verify(
     if not (root / layout.RECORD_FILE).is_file():
         advice = "run its conversion again" if (root / STAGING).exists() else "give the folder that fp8-convert wrote"
         raise ConvertError(
-            f"{root} has no {layout.RECORD_FILE}, so it is no snapshot that fp8-convert finished; {advice}."
+            f"{root} has no {layout.RECORD_FILE}, so it is not a snapshot that fp8-convert finished; {advice}."
         )
     if problem := check_record(root):  # nothing else can be believed
         return Verification(str(root), 1, 0, None, (Finding(layout.RECORD_FILE, problem),))

@@ -91,7 +91,7 @@ def _dtype(value: Any) -> torch.dtype:
     if isinstance(value, dict):
         why = "everything in a pipeline computes in one dtype; load a component of another one with load_component"
     elif value == "auto":
-        why = "the file says FP8, which is no dtype to compute in"
+        why = "the file says FP8, which is not a dtype to compute in"
     else:
         why = "it is what everything that is not FP8 is held in, and what is computed in"
     raise ValueError(f"dtype is {value!r:.80}: {why}; use torch.bfloat16 (the default), float16 or float32.")
@@ -121,7 +121,7 @@ def _device(value: Any) -> torch.device:
     try:
         found = torch.device("cuda", value) if type(value) is int else torch.device(value)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{value!r:.80} is no device; use 'cuda', 'cuda:0' or 'cpu'.") from error
+        raise ValueError(f"{value!r:.80} is not a device; use 'cuda', 'cuda:0' or 'cpu'.") from error
     if found.type == "cpu":
         return torch.device("cpu")
     if found.type != "cuda":

@@ -47,7 +47,7 @@ def choose(
     if device_type != "cuda" or device_index is None:
         return ChosenProduct("dequantize", f"no FP8 matrix product on device type {device_type}")
     if rows % 16 or columns % 16:
-        return ChosenProduct("dequantize", f"a weight of {rows}x{columns} is no multiple of 16x16")
+        return ChosenProduct("dequantize", f"a weight of {rows}x{columns} is not a multiple of 16x16")
     if wanted == "groups" and -(-columns // GROUP) % 4 and block_scale_step(device_index) == 1:
         return ChosenProduct("dequantize", f"torch {torch.__version__} mistakes the block scales of {columns} columns")
     missing = _missing_on_cuda(device_index, wanted)

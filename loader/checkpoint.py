@@ -33,18 +33,18 @@ _WORDS = {
     Fault.METADATA: "{problem.file} has damaged FP8 metadata ({problem.found}); convert the snapshot again.",
     Fault.ABSENT: _ABSENT,
     Fault.NOT_CODES: _ABSENT,
-    Fault.NOT_WEIGHT: "{problem.name} of {label} holds FP8 codes but is no weight; convert it again.",
+    Fault.NOT_WEIGHT: "{problem.name} of {label} holds FP8 codes but is not a weight; convert it again.",
     Fault.NOT_ROWS: "{label}: {problem}; convert the snapshot again.",
     Fault.NO_SCALE: (
         "{problem.name} of {label} holds FP8 codes, but {problem.due} is missing; without its scale the weight is "
         "wrong: convert the snapshot again."
     ),
     Fault.SCALE: (
-        "{problem.name} of {label} is {problem.found}, which is no scale for {problem.module}.weight; convert the "
+        "{problem.name} of {label} is {problem.found}, which is not a scale for {problem.module}.weight; convert the "
         "snapshot again."
     ),
     Fault.INPUT_SCALE: (
-        "{problem.name} of {label} is {problem.found}, which is no activation scale; convert the snapshot again."
+        "{problem.name} of {label} is {problem.found}, which is not an activation scale; convert the snapshot again."
     ),
     Fault.NO_INPUT_SCALE: (
         "{label} has the static activation scheme, but {problem.module}.input_scale is missing; convert it with "

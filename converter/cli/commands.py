@@ -52,7 +52,7 @@ class Conversion(click.Command):
         if "/" not in source and not Path(source).exists():
             near = difflib.get_close_matches(source, _COMMANDS, n=1, cutoff=0.7)
             if near:
-                raise click.UsageError(f"{source!r} is no folder; did you mean the command `fp8-convert {near[0]}`?")
+                raise click.UsageError(f"{source!r} is not a folder; did you mean the command `fp8-convert {near[0]}`?")
 
 
 class Names(click.ParamType):  # type: ignore[type-arg]
@@ -65,7 +65,7 @@ class Names(click.ParamType):  # type: ignore[type-arg]
             return value
         names = [name.strip() for name in value.split(",") if name.strip()]
         if not names:
-            self.fail(f"{value!r} names nothing; drop the option, or name a layer.", param, ctx)
+            self.fail(f"{value!r} names nothing; drop the option or name a layer.", param, ctx)
         return names
 
 

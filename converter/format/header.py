@@ -135,7 +135,7 @@ def _load_json(raw: bytes, where: str) -> dict[str, Any]:
         if len(entries) != len(pairs):
             seen: set[str] = set()
             twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-            raise _corrupt(where, f"{twice!r:.200} stands in it twice")
+            raise _corrupt(where, f"{twice!r:.200} is in it twice")
         return entries
 
     try:

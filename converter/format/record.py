@@ -200,7 +200,7 @@ def _contradictions(data: Mapping[str, Any], record: Record) -> Iterator[str]:
                     yield f"{key!r} of {part!r} comes with the format {since}, and its format is {record.format}"
     for path in (*filter(None, record.components), *record.files):
         if not path.isprintable() or any(part in ("", ".", "..") for part in path.split("/")):
-            yield f"it names {path!r:.80}, which is no path of a snapshot"
+            yield f"it names {path!r:.80}, which is not a path in a snapshot"
     for path, shard in record.shards.items():
         if record.files.get(path) != RecordedFile(size=shard.size, sha256=shard.sha256):
             yield f"its shards and files disagree about {path!r:.80}"

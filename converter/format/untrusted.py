@@ -97,7 +97,7 @@ def parse_json(raw: bytes, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | 
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise ValueError("has half a surrogate pair, which is no text") from None
+            raise ValueError("contains half a surrogate pair, which is not valid text") from None
     return value
 
 

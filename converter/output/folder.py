@@ -28,7 +28,7 @@ def refuse_links(folder: Path, paths: Collection[str]) -> None:
         if mode is not None and stat.S_ISLNK(mode):
             raise ConvertError(f"{folder / name} is a symbolic link, and nothing is written through one; remove it.")
         if mode is not None and not stat.S_ISDIR(mode):
-            raise ConvertError(f"{folder / name} is no folder, and the output needs one there; remove it.")
+            raise ConvertError(f"{folder / name} is not a folder, and the output needs one there; remove it.")
     for path in sorted(paths):
         mode = _mode(folder / path)
         if mode is not None and stat.S_ISDIR(mode):
@@ -51,7 +51,7 @@ def refuse_foreign(folder: Path) -> None:
             "folder, or choose another folder."
         )
     if RECORD_FILE not in present and not (folder / STAGING).exists():
-        raise ConvertError(f"{folder} exists and is no output of fp8-convert; choose another folder or remove it.")
+        raise ConvertError(f"{folder} exists and is not an output of fp8-convert; choose another folder or remove it.")
     more = f" and {len(foreign) - 1} other files" if len(foreign) > 1 else ""
     raise ConvertError(
         f"{folder} holds {foreign[0]}{more}, which fp8-convert did not write there; move what you need away, or choose "

@@ -21,7 +21,7 @@ def constant_mtime() -> int:
     if not text:
         return _DEFAULT_MTIME
     if not text.isascii() or not text.isdigit() or len(text) > 11:
-        raise ConvertError(f"SOURCE_DATE_EPOCH is {text!r:.40}, which is no number of seconds; correct or unset it.")
+        raise ConvertError(f"SOURCE_DATE_EPOCH is {text!r:.40}, which is not a number of seconds; correct or unset it.")
     return int(text)
 
 

@@ -27,7 +27,7 @@ def check_space(plan: Plan, files: Files, target: Target, *, streamed: bool, spa
     if missing > 0:
         raise ConvertError(
             f"{target.folder} has not enough disk space: the conversion takes {wanted / 1e9:.2f} GB and "
-            f"{missing / 1e9:.2f} GB are missing; make room or choose another folder."
+            f"{missing / 1e9:.2f} GB are missing; free some space or choose another folder."
         )
     if isinstance(files, HubFiles) and not streamed:
         paths = needed_files(plan.snapshot)
@@ -42,8 +42,8 @@ def check_space(plan: Plan, files: Files, target: Target, *, streamed: bool, spa
         if download and missing > 0:
             raise ConvertError(
                 f"{folder} has not enough disk space: the download takes {download / 1e9:.2f} GB and "
-                f"{missing / 1e9:.2f} GB are missing; make room, choose another --cache-dir, or pass --stream, which "
-                "keeps no download."
+                f"{missing / 1e9:.2f} GB are missing; free some space, choose another --cache-dir, or pass --stream, "
+                "which keeps no download."
             )
 
 

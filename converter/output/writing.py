@@ -159,8 +159,8 @@ def disk_errors(label: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise ResumableError(
-            f"{label} cannot be written ({error.strerror}); make room or mend the disk and run the same command again "
-            "to resume."
+            f"{label} cannot be written ({error.strerror}); free some space or check the disk, then run the same "
+            "command again to resume."
         ) from error
 
 

@@ -157,7 +157,7 @@ def _unapplied(manifest: Manifest, table: ComponentRules, snapshot: Snapshot) ->
     if not named:
         near = difflib.get_close_matches(table.component.strip("*"), names, n=1, cutoff=0.5)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        return f"{snapshot.label} has no such component with weights, only {', '.join(names)}{hint}"
+        return f"{snapshot.label} has no such component with weights; it has {', '.join(names)}{hint}"
     first = named[0]
     if table.classes and not any(c.class_name in table.classes for c in named):
         near = difflib.get_close_matches(first.class_name or "", table.classes, n=1, cutoff=0.9)

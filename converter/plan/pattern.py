@@ -24,7 +24,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
             return re.compile(pattern[3:])
         except (re.error, OverflowError, RecursionError) as error:
             raise ConvertError(
-                f"The pattern {pattern!r} is no valid regular expression ({error}); correct it."
+                f"The pattern {pattern!r} is not a valid regular expression ({error}); correct it."
             ) from error
     if not pattern.strip("."):
         raise ConvertError("An empty pattern matches nothing; remove it or name a layer.")

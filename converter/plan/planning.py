@@ -237,7 +237,7 @@ def _with_input_scales(
                 "--ignored-layers."
             )
     if unknown := sorted(set(given) - {t.module for t in w8a8}):
-        raise ConvertError(f"The input scales name {unknown[0]}, which is no W8A8 layer of this plan; remove it.")
+        raise ConvertError(f"The input scales name {unknown[0]}, which is not a W8A8 layer of this plan; remove it.")
     largest: dict[str, float] = defaultdict(float)
     for tensor in w8a8:
         domain = tensor.decision.group or tensor.module

@@ -24,7 +24,7 @@ def read_input_scales(path: Path) -> dict[str, float]:
     for tensor in header.tensors:
         if not tensor.name.endswith(INPUT_SCALE) or tensor.dtype != "F32" or tensor.numel != 1:
             raise ConvertError(
-                f"{tensor.name} in {path} is no float32 scalar named NAME{INPUT_SCALE}; correct the file."
+                f"{tensor.name} in {path} is not a float32 scalar named NAME{INPUT_SCALE}; correct the file."
             )
         (value,) = struct.unpack_from("<f", content, header.data_start + tensor.start)
         if not (math.isfinite(value) and value > 0):

@@ -43,6 +43,7 @@ def clean_token(token: str, what: str) -> str:
         raise ConvertError(f"{what} is empty; pass one, or none at all.")
     if not re.fullmatch(r"[!-~]+", token):
         raise ConvertError(
-            f"{what} has a character that is no letter, digit or sign of ASCII; copy it again from the Hub's settings."
+            f"{what} contains a character that is not an ASCII letter, digit or sign; copy it again from the Hub's "
+            "settings."
         )
     return token

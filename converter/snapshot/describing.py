@@ -46,12 +46,12 @@ def describe(files: Files, *, variant: str | None = None, allow_converted: bool 
         pipeline, folders, root_is_component = None, set(), True
     else:
         raise ConvertError(
-            f"{files.label} is no diffusers snapshot: it has neither {MODEL_INDEX} nor {CONFIG}; "
+            f"{files.label} is not a diffusers snapshot: it has neither {MODEL_INDEX} nor {CONFIG}; "
             "give a pipeline's folder, a component's folder or a Hub id."
         )
     components = tuple(c for c in found if c is not None)
     if not components:
-        raise ConvertError(f"{files.label} holds no safetensors weights; give a snapshot that does.")
+        raise ConvertError(f"{files.label} has no safetensors weights; give a snapshot that does.")
     read = {path for c in components for path in (*(s.path for s in c.shards), c.index)}
     sidecars, left_out = beside_weights(files, [p for p in sizes if p not in read], folders, root_is_component)
     return Snapshot(
@@ -90,8 +90,8 @@ def _entries(files: Files, model_index: Mapping[str, Any]) -> list[tuple[str, st
             continue  # [null, null]: an optional component that this snapshot does without
         if not name.isidentifier() or len(name.encode()) > MAX_NAME_BYTES:  # a pipeline takes it as an argument
             raise ConvertError(
-                f"{MODEL_INDEX} in {files.label} names the component {name!r:.80}, which is no name that a pipeline "
-                "could take; download it again."
+                f"{MODEL_INDEX} in {files.label} names the component {name!r:.80}, which is not a name that a pipeline "
+                "can take; download it again."
             )
         entries.append((name, value[0], value[1]))
     return entries

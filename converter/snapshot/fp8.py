@@ -46,7 +46,7 @@ _TEXTS = {
     Fault.NO_SCALE: "{name} has no scale {due}",
     Fault.SCALE: "{name} is {found} instead of {due}",
     Fault.SCALAR: "{name} is {found} instead of {due}",
-    Fault.ELSEWHERE: "{name} lies in another file than the metadata that name it",
+    Fault.ELSEWHERE: "{name} is in another file than the metadata that name it",
     Fault.UNNAMED: "{name} is FP8 and the metadata do not name it",
     Fault.NOT_WEIGHT: "{name} is FP8 and the metadata do not name it",
     Fault.ORPHAN: "{name} is a scale without an FP8 weight",

@@ -228,7 +228,8 @@ def translated(repo: str, options: HubAccess) -> Iterator[None]:
         raise ConvertError(f"{repo} has no revision {options.revision!r}; check --revision.") from error
     except RepositoryNotFoundError as error:
         raise ConvertError(
-            f"{repo} is no folder here and does not exist on the Hub, or is private: check the name, or pass --token."
+            f"{repo} is not a folder here and does not exist on the Hub, or is private: check the name, or pass "
+            "--token."
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         if is_offline(options):
@@ -275,7 +276,7 @@ def _check_stored_token(options: HubAccess) -> None:
     try:
         token = get_token()
     except UnicodeDecodeError:
-        raise ConvertError(f"{_STORED_TOKEN} is no text; {_LOG_IN}.") from None
+        raise ConvertError(f"{_STORED_TOKEN} is not text; {_LOG_IN}.") from None
     if token is not None:
         clean_token(token, _STORED_TOKEN)
 

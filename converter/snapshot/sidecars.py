@@ -58,7 +58,7 @@ def _why_left(path: str, folders: set[str], root_is_component: bool, is_pipeline
     """Why a file is not carried over, None if it is: all that the loading of a component may read."""
     *parents, name = path.split("/")
     if parents and parents[0] not in folders:
-        return f"{MODEL_INDEX} does not name it" if is_pipeline else "a component's files lie in its own folder"
+        return f"{MODEL_INDEX} does not name it" if is_pipeline else "a component's files are in its own folder"
     if _WEIGHTS.fullmatch(name):
         return _OTHER_WEIGHTS
     known = PurePosixPath(name).suffix.lower() in _TOP_LEVEL_SUFFIXES or _TOP_LEVEL_NAMES.fullmatch(name)

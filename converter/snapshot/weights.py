@@ -38,7 +38,7 @@ def check_tensors(files: Files, component: Component) -> None:
         for tensor in shard.header.tensors:
             if tensor.name in where:
                 raise ConvertError(
-                    f"{tensor.name} stands in both {where[tensor.name]} and {shard.path} of {files.label}; "
+                    f"{tensor.name} is in both {where[tensor.name]} and {shard.path} of {files.label}; "
                     "download the snapshot again."
                 )
             where[tensor.name] = shard.path
@@ -69,7 +69,7 @@ def _shards_of(files: Files, index: str, names: list[str], label: str) -> list[s
     for tensor, shard in weight_map.items():
         if PurePosixPath(shard).name != shard or not shard.endswith(".safetensors") or not shard.isprintable():
             raise ConvertError(
-                f"{index} in {files.label} puts {tensor!r} into {shard!r}, which is no shard of {label}; "
+                f"{index} in {files.label} puts {tensor!r} into {shard!r}, which is not a shard of {label}; "
                 "download it again."
             )
         if shard not in names:

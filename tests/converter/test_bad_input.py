@@ -677,7 +677,7 @@ def test_class_that_no_library_has(source: Path, output: Path) -> None:
 def test_not_enough_disk(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**6, 10**6))
-    refused(saved("z_image"), "-o", output, names=str(output), next_step="make room or choose another folder")
+    refused(saved("z_image"), "-o", output, names=str(output), next_step="free some space or choose another folder")
 
 
 def test_target_below_a_file(tmp_path: Path, output: Path) -> None:

@@ -106,7 +106,7 @@ def test_the_command_takes_them_too(hub: HubServer) -> None:
     assert (wrong.exit_code, wrong.stderr) == (1, "error: org/x has no revision 'v9'; check --revision.\n")
     missing = CliRunner().invoke(main, ["inspect", "org/none"])
     assert missing.exit_code == 1
-    assert "org/none is no folder here and does not exist on the Hub" in missing.stderr
+    assert "org/none is not a folder here and does not exist on the Hub" in missing.stderr
 
 
 def test_a_damaged_record_on_the_hub(hub: HubServer, spoilt: Path) -> None:
@@ -241,7 +241,7 @@ def test_problems_of_a_file(tmp_path: Path, tensors: dict[str, torch.Tensor], sa
 
 def test_what_is_no_safetensors_file(tmp_path: Path, converted: Path) -> None:
     (tmp_path / "x.ckpt").write_bytes(b"pickle")
-    with pytest.raises(ConvertError, match=r"x\.ckpt is no \.safetensors file; give one, or the folder of a snapshot"):
+    with pytest.raises(ConvertError, match=r"x\.ckpt is not a \.safetensors file; give one, or the folder of"):
         inspect(tmp_path / "x.ckpt")
     (tmp_path / "x.safetensors").write_bytes((converted / DIT).read_bytes()[:-1])
     with pytest.raises(ConvertError, match=r"x\.safetensors is truncated"):

@@ -40,7 +40,7 @@ def test_bf16_is_the_default_and_pipelines_take_both_names() -> None:
     ("options", "message"),
     [
         ({"dtype": "float16", "torch_dtype": torch.bfloat16}, "dtype is float16 and its older name torch_dtype is"),
-        ({"dtype": "auto"}, "dtype is 'auto': the file says FP8, which is no dtype to compute in; use torch.bfloat16"),
+        ({"dtype": "auto"}, "dtype is 'auto': the file says FP8, which is not a dtype to compute in; use torch"),
         ({"dtype": {"default": torch.float16}}, "everything in a pipeline computes in one dtype"),
         ({"dtype": torch.float8_e4m3fn}, "dtype is torch.float8_e4m3fn: it is what everything that is not FP8"),
         ({"torch_dtype": torch.int8}, "dtype is torch.int8"),
@@ -86,9 +86,9 @@ def test_maps_over_devices_are_refused_with_the_alternative(value: object) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "gpu"}, "^'gpu' is no device; use 'cuda'"),
-        ({"device_map": "disk"}, "^'disk' is no device"),
-        ({"device": 1.5}, "1.5 is no device"),
+        ({"device": "gpu"}, "^'gpu' is not a device; use 'cuda'"),
+        ({"device_map": "disk"}, "^'disk' is not a device"),
+        ({"device": 1.5}, "1.5 is not a device"),
         ({"device": "meta"}, "cannot be loaded onto 'meta'"),
         ({"device": "mps"}, "cannot be loaded onto 'mps'"),
         ({"device": "cuda:99"}, "(finds no CUDA device for 'cuda:99'; use device='cpu'|There is no device 'cuda:99')"),

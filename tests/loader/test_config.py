@@ -84,7 +84,7 @@ def test_from_pretrained_says_the_same(snapshot: Path, name: str) -> None:
 def test_a_config_of_ones_own_is_checked_alike(key: str) -> None:
     with pytest.raises(ValueError, match=rf"^{key} is 1\.5; use"):
         Fp8Config(**{key: 1.5})
-    with pytest.raises(ValueError, match=r"^'ignore' is no setting; did you mean"):
+    with pytest.raises(ValueError, match=r"^'ignore' is not a setting; did you mean"):
         Fp8Config(ignore=[])
 
 

@@ -166,7 +166,7 @@ def test_cuda_runs_the_scaled_matmul_by_itself() -> None:
     layer = fp8_twin(plain(256, 384, device), "w8a8")
     assert layer.product_on(device).product == "rows"
     odd = fp8_twin(plain(250, 384, device), "w8a8")
-    assert odd.product_on(device) == ("dequantize", "a weight of 250x384 is no multiple of 16x16")
+    assert odd.product_on(device) == ("dequantize", "a weight of 250x384 is not a multiple of 16x16")
     x = torch.ones(3, 384, device=device, dtype=torch.bfloat16)
     assert torch.equal(odd(x), dequantized_twin(plain(250, 384, device), odd)(x))
 

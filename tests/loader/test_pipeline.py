@@ -185,7 +185,7 @@ def test_settings_that_agree_change_nothing() -> None:
     [
         ({"quantization": "int8"}, "the only one is 'fp8'"),
         ({"quantization_config": {"method": "int8"}}, "the only one is 'fp8'"),
-        ({"quantization_config": {"ignore": []}}, "^'ignore' is no setting; did you mean 'ignored_layers'"),
+        ({"quantization_config": {"ignore": []}}, "^'ignore' is not a setting; did you mean 'ignored_layers'"),
         ({"quantization_config": {"transformer": 8}}, "give a dict or None"),
     ],
     ids=["name", "method", "key", "value"],
@@ -226,7 +226,7 @@ def test_codes_without_a_scale_raise(damaged: Path) -> None:
 
 def test_scales_of_another_dtype_raise(damaged: Path) -> None:
     _rewrite(damaged / SHARD, lambda t: t.update({f"{LAYER}.weight_scale": t[f"{LAYER}.weight_scale"].bfloat16()}))
-    with pytest.raises(LoadError, match="which is no scale for"):
+    with pytest.raises(LoadError, match="which is not a scale for"):
         load_pipeline(damaged, device="cpu", strict=False)
 
 

@@ -94,7 +94,7 @@ def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_is_removed(o
 def test_a_file_in_the_place_of_a_folder_is_refused(output: Path) -> None:
     shutil.rmtree(output / "transformer")
     (output / "transformer").write_text("mine")
-    with pytest.raises(ConvertError, match="transformer is no folder"):
+    with pytest.raises(ConvertError, match="transformer is not a folder"):
         convert(saved("z_image"), output, force=True)
     assert (output / "transformer").read_text() == "mine"
 

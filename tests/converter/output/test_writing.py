@@ -173,7 +173,7 @@ def failing(real: Callable[..., Any], number: int, code: int) -> Callable[..., A
 )
 def test_a_disk_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int, code: int) -> None:
     monkeypatch.setattr(os, name, failing(getattr(os, name), number, code))
-    with pytest.raises(ResumableError, match=r"shard cannot be written \(.*\); make room or mend the disk"):
+    with pytest.raises(ResumableError, match=r"shard cannot be written \(.*\); free some space or check the disk"):
         write(tmp_path / "x", content(3 * S), S)
     monkeypatch.undo()
     assert list(tmp_path.iterdir()) == []

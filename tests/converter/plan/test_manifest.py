@@ -134,11 +134,11 @@ CHANGES = {
     "bad regular expression": (
         'pattern = "attn"',
         'pattern = "re:("',
-        r"x.toml, components.transformer, eligible\[0\]: The pattern 're:\(' is no valid regular expression",
+        r"x.toml, components.transformer, eligible\[0\]: The pattern 're:\(' is not a valid regular expression",
     ),
     "empty pattern": ('pattern = "attn"', 'pattern = "."', r"eligible\[0\]: An empty pattern"),
     "group of one": ('["to_q", "to_k"]', '["to_q"]', "at least two members, not 1"),
-    "bad parent": ('parent = "attn"', 'parent = "re:["', r"fusion_groups\[0\]: The pattern 're:\[' is no valid"),
+    "bad parent": ('parent = "attn"', 'parent = "re:["', r"fusion_groups\[0\]: The pattern 're:\[' is not a valid"),
     "no TOML": ('name = "x"', "name = ", "x.toml is not valid TOML"),
     "a key twice": ('name = "x"', 'name = "x"\nname = "y"', "x.toml is not valid TOML"),
 }

@@ -219,7 +219,7 @@ def test_token_file_that_is_no_text(hub: HubServer, tiny: Path, tmp_path: Path) 
     hub.add_repo(REPO, tiny)
     (tmp_path / "home").mkdir(exist_ok=True)
     (tmp_path / "home" / "token").write_bytes(b"hf_s3cret\xff\xfe")
-    with pytest.raises(ConvertError, match=r"The Hub token of this machine .* is no text; log in") as caught:
+    with pytest.raises(ConvertError, match=r"The Hub token of this machine .* is not text; log in") as caught:
         plan_conversion(REPO)
     assert "s3cret" not in "".join(traceback.format_exception(caught.value))
     plan_conversion(REPO, options=HubAccess(token=False))

@@ -101,7 +101,7 @@ def test_weights_in_other_formats_of_a_lone_component(tmp_path: Path) -> None:
     assert "tokens" in plan.sidecars
     assert len(plan.notes) == 3
     assert (
-        "figures/x.txt (7 B) is left out: a component's files lie in its own folder".replace("x.txt", "a.txt")
+        "figures/x.txt (7 B) is left out: a component's files are in its own folder".replace("x.txt", "a.txt")
         in plan.notes
     )
 
