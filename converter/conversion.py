@@ -239,7 +239,7 @@ def _finished_already(plan: Plan, files: Files, output: Path, check: bool, progr
 
 
 def _headline(files: Files, manifest: str | None) -> str | None:
-    """Source, commit and manifest in one line, from the model index alone; None for what is no snapshot."""
+    """Source, commit and manifest in one line, from the model index alone; None if it is not a snapshot."""
     pipeline, classes = outline(files)
     if not classes:
         return None

@@ -75,7 +75,7 @@ class Group(Brief):
 
 @dataclass(frozen=True, repr=False)
 class ComponentView(Brief):
-    """One component as it lies on disk. `problems` are sentences, one for each kind of problem."""
+    """One component as it is on disk. `problems` are sentences, one for each kind of problem."""
 
     name: str
     class_name: str | None
@@ -138,7 +138,7 @@ class Inspection:
 def inspect(path: str | os.PathLike[str], *, options: HubAccess | None = None) -> Inspection:
     """Inspect a snapshot's folder or Hub id (which is not downloaded), a component's folder or a .safetensors file.
 
-    The output of a conversion that was interrupted is no error here: see `unfinished`. Raises ConvertError.
+    The output of a conversion that was interrupted is not an error here: see `unfinished`. Raises ConvertError.
     """
     options = options or HubAccess()
     place = Path(path)

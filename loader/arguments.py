@@ -131,5 +131,5 @@ def _device(value: Any) -> torch.device:
         raise ValueError(f"torch {torch.__version__} finds no CUDA device for {str(found)!r}; use device='cpu'.")
     index = torch.cuda.current_device() if found.index is None else found.index
     if not 0 <= index < count:
-        raise ValueError(f"There is no device {str(found)!r}, the last one is 'cuda:{count - 1}'.")
+        raise ValueError(f"There is no device {str(found)!r}; the last one is 'cuda:{count - 1}'.")
     return torch.device("cuda", index)

@@ -135,7 +135,7 @@ def _mark(match: Match) -> str:
 
 
 def _text(lines: Iterable[str]) -> str:
-    """The lines, whatever stands in names: control characters would reach the terminal, half surrogates would fail."""
+    """The lines, whatever is in names: control characters would reach the terminal, half surrogates would fail."""
     return "\n".join("".join(c if c.isprintable() else " " for c in line) for line in lines)
 
 

@@ -136,7 +136,7 @@ def seal(record: Mapping[str, Any]) -> dict[str, Any]:
 def read_record(raw: bytes, where: str) -> Record:
     """The record whose bytes are `raw`; `where` names its file in errors.
 
-    Its types and paths are checked, its digests are not. Raises ConvertError if it is no record that can be used.
+    Its types and paths are checked, its digests are not. Raises ConvertError if the record cannot be used.
     """
     data = _parse(raw, where)
     try:

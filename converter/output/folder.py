@@ -1,4 +1,4 @@
-"""What stands in an output folder already: nothing that is not this project's is replaced, and no link is followed."""
+"""What an output folder already contains: nothing that is not this project's is replaced, and no link is followed."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def make_record(plan: Plan, done: Mapping[str, Done]) -> Record:
 def load_record(root: Path) -> Record | None:
     """The record of the converted snapshot in a folder, None if it has none.
 
-    Its types and paths are checked, its digests are not. Raises ConvertError if it is no record that can be used.
+    Its types and paths are checked, its digests are not. Raises ConvertError if the record cannot be used.
     """
     path = root / layout.RECORD_FILE
     return read_record(_bytes(path), str(path)) if path.is_file() else None

@@ -37,5 +37,5 @@ def find_unfinished(folder: Path) -> Unfinished | None:
 
 
 def is_published(folder: Path) -> bool:
-    """Whether a finished snapshot stands in the folder, whatever lies beside it."""
+    """Whether a finished snapshot is in the folder, whatever else is there."""
     return (folder / RECORD_FILE).is_file() and any((folder / name).is_file() for name in (MODEL_INDEX, CONFIG))

@@ -249,7 +249,7 @@ def _fusion_group(table: _Table) -> FusionGroup:
 
 
 class _Table:
-    """A TOML table that hands out typed values and objects to keys nobody asked for."""
+    """A TOML table that hands out typed values and objects to unknown keys."""
 
     def __init__(self, data: Any, where: str) -> None:
         if not isinstance(data, dict):

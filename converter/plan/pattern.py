@@ -41,7 +41,7 @@ def matches(pattern: str, name: str) -> bool:
 def closest(pattern: str, names: Iterable[str], count: int = 3) -> list[str]:
     """The names, or parts of names, that `pattern` most resembles: what a user may have meant.
 
-    A word of the pattern that stands in no name is the likeliest slip: then only what resembles that word.
+    A word of the pattern that is in no name is the likeliest typo: then only what resembles that word.
     """
     segments: set[str] = set()
     pairs: set[str] = set()

@@ -1,4 +1,4 @@
-"""How one shard is read and in which order its output tensors lie: pure, from offsets and sizes alone.
+"""How one shard is read and the order of its output tensors: pure, from offsets and sizes alone.
 
 Four words are used for bytes here and in `stream`. A *slot* is what is read at a time: at most `slot_bytes` of the
 source's data section, cut where no element or row of blocks is split. A *segment* is one tensor's share of a slot. A

@@ -100,7 +100,7 @@ def setting_problem(key: str, value: Any) -> str | None:
 
 
 def unknown_setting(key: Any, known: Collection[str]) -> str:
-    """That a name is no setting, and what may have been meant, as a clause."""
+    """Say, as a clause, that a name is not a setting and what may have been meant."""
     near = difflib.get_close_matches(str(key), known, n=1)
     return f"{key!r:.80} is not a setting; {f'did you mean {near[0]!r}?' if near else 'use one of ' + ', '.join(known)}"
 

@@ -28,7 +28,7 @@ class Brief:
 
 
 def one_line(result: object, text: str) -> str:
-    """`<Class text>`, short and printable whatever stands in the text."""
+    """`<Class text>`, short and printable whatever is in the text."""
     return f"<{type(result).__name__} {_cut(_printable(text), _LINE - 50)}>"
 
 

@@ -479,7 +479,11 @@ def test_half_a_surrogate_pair(sharded: Path, output: Path, file: str, where: st
 
     edit_json(sharded / file, spoil)
     refused(
-        sharded, "-o", output, names=f"{file} in {sharded} has half a surrogate pair", next_step="download it again"
+        sharded,
+        "-o",
+        output,
+        names=f"{file} in {sharded} contains half a surrogate pair",
+        next_step="download it again",
     )
 
 
@@ -735,7 +739,7 @@ def test_verify_is_for_a_folder(tmp_path: Path) -> None:
 
 def test_inspect_is_for_a_folder_a_file_or_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    refused("inspect", tmp_path / "file", names="is no .safetensors file", next_step="or the folder of a snapshot")
+    refused("inspect", tmp_path / "file", names="is not a .safetensors file", next_step="or the folder of a snapshot")
     refused("inspect", tmp_path / "none", names="none does not exist", next_step="check the path, or give a Hub id")
     monkeypatch.chdir(tmp_path)
     refused("inspect", "x.safetensors", names="x.safetensors cannot be opened", next_step="check the path")

@@ -357,7 +357,7 @@ def test_forged_record_is_one_finding(spoilt: Path, change: Callable[[Any], None
 
 def test_record_with_half_a_surrogate_pair(spoilt: Path) -> None:
     reseal(spoilt, put("\ud800", "tool_version"))
-    with pytest.raises(ConvertError, match=r"fp8_convert\.json is damaged \(it has half a surrogate pair"):
+    with pytest.raises(ConvertError, match=r"fp8_convert\.json is damaged \(it contains half a surrogate pair"):
         verify(spoilt)
 
 

@@ -60,7 +60,7 @@ def test_activation_scales(tmp_path: Path, device: torch.device) -> None:
     with_metadata = load_metadata(tmp_path / "out" / SHARD)
     tensors[f"{LAYER}.input_scale"] = torch.tensor(0.02, dtype=torch.bfloat16)
     save_file(tensors, tmp_path / "out" / SHARD, metadata=with_metadata)
-    with pytest.raises(LoadError, match=r"input_scale of transformer is BF16 \[\], which is no activation scale"):
+    with pytest.raises(LoadError, match=r"input_scale of transformer is BF16 \[\], which is not an activation scale"):
         load_component(tmp_path / "out", "transformer", device=device)
 
 

@@ -143,7 +143,7 @@ def test_a_mistyped_component(name: str, index: int) -> None:
     mistyped, word = next(typos(table.component))
     said = refused(with_table(manifest, index, component=mistyped, optional=False), PIPELINES[name])
     assert said.startswith(f"{name}.toml, components.{mistyped}: ")
-    assert "has no such component with weights, only" in said
+    assert "has no such component with weights; it has" in said
     assert f"did you mean {word}" in said
     assert refused(with_table(manifest, index, component=mistyped, optional=True), PIPELINES[name]) == ""
 
