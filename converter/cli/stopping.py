@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while a command runs: it stops cleanly, or at once on a second signal, or not when it is too late."""
+"""Ctrl-C and SIGTERM while a command runs: it stops cleanly, at once on a second signal, or not when it is too late."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def check_scales(activation_scheme: str, block: Block | None, has_input_scales: 
 
 
 def parse_size(size: int | str | None) -> int | None:
-    """Bytes from a size as diffusers writes it: a number, or "5GB", "500MB", "200KB" (decimal units); None means no limit.
+    """Bytes from a size as diffusers writes it: a number, or "5GB", "500MB", "200KB" (decimal units); None is no limit.
 
     Raises ValueError for anything else, and for sizes below one byte.
     """
