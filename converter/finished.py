@@ -12,11 +12,10 @@ from .format import layout
 from .format.reader import as_json
 from .format.record import Record
 from .output.folder import refuse_foreign
-from .output.writing import file_sha256
+from .output.writing import sha256_at
 from .plan.plan import Plan
 from .plan.recipe import tool_version
 from .snapshot.files import Files, content_sha256
-from .stream.reading import open_for_reading
 from .telling.errors import ConvertError
 from .telling.progress import Progress
 from .verification import verify
@@ -97,11 +96,7 @@ def _small_file_differences(record: Record, plan: Plan, files: Files) -> Iterato
 def _sha256(files: Files, path: str) -> str:
     local = files.local(path)
     assert local is not None
-    fd = open_for_reading(local, path)
-    try:
-        return file_sha256(fd)
-    finally:
-        os.close(fd)
+    return sha256_at(local, path)
 
 
 def _size(path: Path) -> int | None:

@@ -16,8 +16,7 @@ import torch
 from ..converter.snapshot.building import default_dtype
 from ..converter.snapshot.files import LocalFiles, read_json
 from ..converter.snapshot.snapshot import MODEL_INDEX
-from ..converter.telling.errors import LoadError
-from .checkpoint import one_line
+from ..converter.telling.errors import LoadError, one_clause
 
 
 def assemble(root: Path, given: Mapping[str, Any], dtype: torch.dtype, variant: str | None) -> Any:
@@ -40,7 +39,7 @@ def assemble(root: Path, given: Mapping[str, Any], dtype: torch.dtype, variant: 
         pipe = cls(**arguments)
     except Exception as error:  # whatever a class raises for parts that are not its own
         raise LoadError(
-            f"{cls.__name__} cannot be built from {MODEL_INDEX} in {root} ({one_line(error)}); download it again, or "
+            f"{cls.__name__} cannot be built from {MODEL_INDEX} in {root} ({one_clause(error)}); download it again, or "
             "pass what it lacks to load_pipeline."
         ) from error
     pipe.register_to_config(_name_or_path=str(root))
@@ -96,8 +95,8 @@ def _failure(root: Path, name: str, class_name: str, error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return f"{said}: it wants to run code that comes with the snapshot, which never happens here; {yourself}."
     if isinstance(error, ImportError):
-        return f"{said} ({one_line(error)}); install what it needs, or {yourself}."
-    return f"{said} ({one_line(error)}); download or convert the snapshot again, or {yourself}."
+        return f"{said} ({one_clause(error)}); install what it needs, or {yourself}."
+    return f"{said} ({one_clause(error)}); download or convert the snapshot again, or {yourself}."
 
 
 def _component_class(name: str, library: str, class_name: str) -> Any:
@@ -108,7 +107,7 @@ def _component_class(name: str, library: str, class_name: str) -> Any:
             found = getattr(importlib.import_module(module), class_name, None)
         except (ImportError, RuntimeError) as error:  # diffusers and transformers wrap the first in the second
             raise LoadError(
-                f"The component {name} needs {library}.{class_name} ({one_line(error)}); install it."
+                f"The component {name} needs {library}.{class_name} ({one_clause(error)}); install it."
             ) from error
         if found is not None:
             return found

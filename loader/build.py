@@ -13,12 +13,10 @@ from ..converter.format import layout
 from ..converter.snapshot.building import NoModelError, bounded, build_on_meta
 from ..converter.snapshot.naming import name_tensors, stays_float32
 from ..converter.snapshot.snapshot import CONFIG, Component
-from ..converter.telling.errors import ConvertError, LoadError
+from ..converter.telling.errors import ConvertError, LoadError, one_clause
 from .backend import Backend
-from .checkpoint import Fp8Modules, one_line
+from .checkpoint import Fp8Modules
 from .install import install
-
-_SCALES = (layout.WEIGHT_SCALE, layout.WEIGHT_SCALE_INV, layout.INPUT_SCALE)
 
 
 def build(component: Component, dtype: torch.dtype) -> nn.Module:
@@ -39,8 +37,8 @@ def build(component: Component, dtype: torch.dtype) -> nn.Module:
         ) from error
     except Exception as error:  # whatever a class raises for a config that is not its own
         raise LoadError(
-            f"{class_name} cannot be built from {component.path(CONFIG)} ({one_line(error)}); convert or download the "
-            "snapshot again."
+            f"{class_name} cannot be built from {component.path(CONFIG)} ({one_clause(error)}); convert or download "
+            "the snapshot again."
         ) from error
 
 
@@ -103,4 +101,4 @@ def target_dtype(model: nn.Module, name: str, source: torch.dtype, dtype: torch.
 
 def _module_of_scale(key: str) -> str | None:
     """The module whose scale the key is, None for any other tensor."""
-    return next((key.removesuffix(suffix) for suffix in _SCALES if key.endswith(suffix)), None)
+    return next((key.removesuffix(suffix) for suffix in layout.SCALE_SUFFIXES if key.endswith(suffix)), None)

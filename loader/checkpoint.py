@@ -53,11 +53,6 @@ _WORDS = {
 }
 
 
-def one_line(error: BaseException) -> str:
-    """What a library said, short enough to stand inside one sentence."""
-    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
-
-
 @dataclass(frozen=True)
 class Fp8Modules:
     """The FP8 modules that a component's checkpoint holds.

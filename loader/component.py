@@ -17,10 +17,10 @@ from ..converter.snapshot.files import LocalFiles
 from ..converter.snapshot.snapshot import Component
 from ..converter.stream.engine import Engine
 from ..converter.stream.supply import FolderSupply
-from ..converter.telling.errors import LoadError
+from ..converter.telling.errors import LoadError, one_clause
 from .backend import Backend
 from .build import build, install_all, tensor_names
-from .checkpoint import Fp8Modules, check_record, fp8_modules, one_line
+from .checkpoint import Fp8Modules, check_record, fp8_modules
 from .diffusers_quantizer import Fp8DiffusersQuantizer
 from .fill import Filler, fill_from_shards, fill_from_stream
 from .fp8_config import Fp8Config
@@ -133,5 +133,5 @@ def _generation_config(model: Any, folder: str) -> None:
             model.generation_config = GenerationConfig.from_pretrained(folder)
         except Exception as error:  # whatever transformers raises for a file it cannot use
             raise LoadError(
-                f"generation_config.json in {folder} cannot be used ({one_line(error)}); download it again."
+                f"generation_config.json in {folder} cannot be used ({one_clause(error)}); download it again."
             ) from error

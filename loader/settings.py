@@ -147,9 +147,7 @@ def _fusion_groups(snapshot: Snapshot, record: Record | None) -> dict[str, tuple
     """The fusion groups of each component, by the manifest that the snapshot was, or would be, converted with."""
     manifest = shipped().get(record.recipe.manifest) if record is not None else None
     if manifest is None:
-        manifest = choose_manifest(
-            snapshot.repo, snapshot.pipeline, {c.name: c.class_name for c in snapshot.components}
-        )
+        manifest = choose_manifest(snapshot.repo, snapshot.pipeline, snapshot.classes)
     rules = {c.name: manifest.rules_for(c.name, c.class_name) for c in snapshot.components}
     return {name: found.fusion_groups for name, found in rules.items() if found is not None}
 

@@ -82,7 +82,7 @@ def open_original(
 def _check_components(root: Path, record: Record, snapshot: Snapshot) -> None:
     """Raise ConvertError unless the source has the components that the record names."""
     stated = record.classes
-    given = {c.name: c.class_name for c in snapshot.components}
+    given = snapshot.classes
     if stated == given:
         return
     if "" in stated and "" not in given:

@@ -16,7 +16,7 @@ from ..format.record import Record, RecordedComponent
 from ..plan.recipe import ACTIVATION_SCHEMES
 from ..snapshot.describing import describe
 from ..snapshot.files import LocalFiles
-from ..snapshot.fp8 import SCALE_SUFFIXES, Fault, Fp8Component, read_fp8
+from ..snapshot.fp8 import Fault, Fp8Component, read_fp8
 from ..snapshot.modules import module_map
 from ..snapshot.snapshot import CONFIG, Component, Shard
 from ..telling.errors import ConvertError
@@ -75,7 +75,7 @@ def _check_weights(root: Path, component: Component, fp8: Fp8Component) -> Itera
     for shard in component.shards:
         for tensor in shard.header.tensors:
             module = tensor.name.rpartition(".")[0]
-            is_scale = tensor.name.endswith(SCALE_SUFFIXES) and module in formats
+            is_scale = tensor.name.endswith(layout.SCALE_SUFFIXES) and module in formats
             if is_scale and not _usable(root / shard.path, shard.header, tensor):
                 yield Finding(shard.path, f"{tensor.name} holds a scale that is not finite and positive")
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import click
 from click_default_group import DefaultGroup
 
+from ..output.work import DEVICES
 from ..plan.recipe import ACTIVATION_SCHEMES, tool_version
 from ..snapshot.access import HubAccess
 from ..telling.errors import ConvertError
@@ -130,7 +131,7 @@ def _hub_options(function: F) -> F:
 )
 @click.option(
     "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
+    type=click.Choice(DEVICES),
     default="auto",
     show_default=True,
     help="Where the arithmetic runs; the bytes are the same.",

@@ -17,6 +17,7 @@ WEIGHT = ".weight"
 WEIGHT_SCALE = ".weight_scale"
 WEIGHT_SCALE_INV = ".weight_scale_inv"
 INPUT_SCALE = ".input_scale"
+SCALE_SUFFIXES = (WEIGHT_SCALE, WEIGHT_SCALE_INV, INPUT_SCALE)
 
 RECORD_FILE = "fp8_convert.json"
 STAGING = ".fp8-convert"  # the folder in an output that is not finished

@@ -27,7 +27,6 @@ from ..snapshot.locate import fetch
 from ..stream import compiled
 from ..stream.component_stream import ShardStream, convert_component
 from ..stream.engine import Engine
-from ..stream.reading import open_for_reading
 from ..stream.supply import FolderSupply, StreamedSupply, Supply
 from ..telling.errors import ConvertError, ResumableError
 from ..telling.progress import Progress
@@ -36,7 +35,7 @@ from .record import make_record
 from .space import SPARE_BYTES, check_space
 from .target import Target, open_target
 from .work import Work
-from .writing import FileWriter, file_sha256, write_pieces, write_small
+from .writing import FileWriter, sha256_at, write_pieces, write_small
 
 _MOST_WORKERS = 8  # by then reading and hashing are the limit
 
@@ -142,11 +141,7 @@ def _same_source(shard: ShardPlan, source: SourceFile | None, done: Done) -> boo
         return True
     if source.stat == done.source_stat:
         return True
-    fd = open_for_reading(source.path, source.where)
-    try:
-        return file_sha256(fd) == done.source_sha256
-    finally:
-        os.close(fd)
+    return sha256_at(source.path, source.where) == done.source_sha256
 
 
 def _untouched(shard: ShardPlan, source: SourceFile | None, earlier: Journal) -> bool:

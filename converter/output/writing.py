@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ..format.descriptor import SECTOR, allocate, drop_cached, open_descriptor, read_at, set_direct, write_at
+from ..format.untrusted import open_regular
 from ..telling.errors import ResumableError
 
 STAGING_BYTES = 8 * 1024 * 1024
@@ -196,6 +197,15 @@ class _ReadBack:
             except OSError as error:
                 if error.errno != errno.EINVAL or not set_direct(self._fd, False):
                     raise
+
+
+def sha256_at(path: Path, where: str) -> str:
+    """sha256 of the regular file at `path`, which errors call `where`. Raises ConvertError."""
+    fd = open_regular(path, where)
+    try:
+        return file_sha256(fd)
+    finally:
+        os.close(fd)
 
 
 def file_sha256(fd: int) -> str:

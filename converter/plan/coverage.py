@@ -146,7 +146,7 @@ def _unruled(kept: Iterable[PlannedTensor], rules: ComponentRules) -> list[Plann
         for t in kept
         if t.decision.rule != "_keep_in_fp32_modules"
         and t.decision.kind != "Embedding"
-        and not t.decision.rule.startswith("no multiple of")
+        and "no multiple of" not in t.decision.rule
         and rules.rule_for(written, t.module) is None
     ]
 

@@ -22,6 +22,7 @@ from .recipe import ACTIVATION_SCHEMES, Recipe, check_scales, parse_size
 from .scales import read_input_scales
 
 _LARGEST_BLOCK = 2**31  # no dimension of a weight is larger
+_MEANINGLESS = (ValueError, TypeError, OverflowError)  # what reading a value raises
 _ALIASES = {"method": "quantization"}  # vLLM's name in a quantization_config
 
 
@@ -58,9 +59,10 @@ class Settings:
         for key, value in stated.items():
             if key not in names:
                 raise SettingsError(f"{unknown_setting(key, names)}.")
-            if problem := setting_problem(key, value):
-                raise SettingsError(f"{problem}.")
-            values[_ALIASES.get(key, key)] = _SETTINGS[key].read(value)
+            try:
+                values[_ALIASES.get(key, key)] = _SETTINGS[key].read(value)
+            except _MEANINGLESS:
+                raise SettingsError(f"{_wrong(key, value)}.") from None
         return cls(**values, given=frozenset(values))
 
     @classmethod
@@ -74,8 +76,8 @@ class Settings:
 
     def resolve(self, snapshot: Snapshot, manifest: Manifest | None = None) -> Recipe:
         """All that the output depends on: with the manifest (read already, or found now) and the input scales."""
-        classes = {c.name: c.class_name for c in snapshot.components}
-        rules = manifest or self.own_manifest() or choose_manifest(snapshot.repo, snapshot.pipeline, classes)
+        rules = manifest or self.own_manifest()
+        rules = rules or choose_manifest(snapshot.repo, snapshot.pipeline, snapshot.classes)
         return Recipe(
             manifest=rules,
             ignored_layers=self.ignored_layers,
@@ -92,11 +94,13 @@ def setting_problem(key: str, value: Any) -> str | None:
     """Why a value means nothing for a setting, as a clause; None if it means something."""
     try:
         _SETTINGS[key].read(value)
-    except (ValueError, TypeError) as error:
-        if isinstance(error, SettingsError):
-            raise
-        return f"{key} is {value!r:.80}; {_SETTINGS[key].use}"
+    except _MEANINGLESS:
+        return _wrong(key, value)
     return None
+
+
+def _wrong(key: str, value: Any) -> str:
+    return f"{key} is {value!r:.80}; {_SETTINGS[key].use}"
 
 
 def unknown_setting(key: Any, known: Collection[str]) -> str:
@@ -106,7 +110,7 @@ def unknown_setting(key: Any, known: Collection[str]) -> str:
 
 
 class _Setting(NamedTuple):
-    read: Callable[[Any], Any]  # raises ValueError or TypeError
+    read: Callable[[Any], Any]  # raises one of _MEANINGLESS
     use: str
 
 

@@ -13,8 +13,6 @@ from ..format import layout
 from ..format.header import TensorInfo, encode_header
 from ..telling.notebook import Brief
 
-_SCALES = (layout.WEIGHT_SCALE, layout.WEIGHT_SCALE_INV, layout.INPUT_SCALE)
-
 
 @dataclass(frozen=True, repr=False)
 class OutputFile(Brief):
@@ -96,5 +94,5 @@ def _units(outputs: Sequence[TensorInfo]) -> Iterator[list[TensorInfo]]:
 
 def _module(output: TensorInfo) -> str:
     """What a weight and its scales have in common; the name itself for any other tensor."""
-    suffix = next((s for s in (*_SCALES, layout.WEIGHT) if output.name.endswith(s)), None)
+    suffix = next((s for s in (*layout.SCALE_SUFFIXES, layout.WEIGHT) if output.name.endswith(s)), None)
     return output.name.removesuffix(suffix) + layout.WEIGHT if suffix else output.name

@@ -17,7 +17,6 @@ from ..format.layout import WeightFormat
 from .snapshot import CONFIG, Component, Shard
 
 CODES = "F8_E4M3"
-SCALE_SUFFIXES = (layout.WEIGHT_SCALE, layout.WEIGHT_SCALE_INV, layout.INPUT_SCALE)
 
 
 class Fault(Enum):
@@ -148,7 +147,7 @@ def _problems_of_held(
                 yield problem
         elif tensor.dtype == CODES and module not in stated:
             yield Problem(Fault.NOT_WEIGHT, shard.path, module, tensor.name)
-        if not tensor.name.endswith(SCALE_SUFFIXES):
+        if not tensor.name.endswith(layout.SCALE_SUFFIXES):
             continue
         module = tensor.name.rpartition(".")[0]
         if module not in stated and module not in guessed:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..format.layout import WEIGHT
+from ..telling.errors import one_clause
 from .building import bounded, build_on_meta
 from .naming import name_tensors, stays_float32
 from .snapshot import Component
@@ -38,7 +39,7 @@ def module_map(component: Component) -> ModuleMap:
             model = build_on_meta(component.library, component.class_name, component.config)
         names = _names(component, model, keys)
     except Exception as error:  # any class may fail on any config: its weights are then kept, and reported
-        return ModuleMap({}, problem=f"{component.class_name or 'its class'} cannot be built ({_one_line(error)})")
+        return ModuleMap({}, problem=f"{component.class_name or 'its class'} cannot be built ({one_clause(error)})")
     modules = dict(model.named_modules())
     kinds, keep_fp32 = {}, set()
     for key in keys:
@@ -59,7 +60,3 @@ def _names(component: Component, model: torch.nn.Module, keys: list[str]) -> Map
 def _kind(module: torch.nn.Module) -> str:
     bases = {cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith("torch.")}
     return next((kind for kind in _KINDS if kind in bases), type(module).__name__)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__

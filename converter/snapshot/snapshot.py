@@ -79,6 +79,11 @@ class Snapshot(Brief):
     left_out: tuple[LeftOut, ...] = ()
     remarks: tuple[str, ...] = ()
 
+    @property
+    def classes(self) -> dict[str, str | None]:
+        """The components' classes by name."""
+        return {c.name: c.class_name for c in self.components}
+
 
 def needed_files(snapshot: Snapshot) -> list[str]:
     """Every file of the snapshot that a conversion reads or copies, sorted."""

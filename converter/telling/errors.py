@@ -25,3 +25,8 @@ class ResumableError(ConvertError):
 
 class LoadError(Fp8Error, RuntimeError):
     """A snapshot that cannot be loaded as it claims; one sentence: what, where, what to do."""
+
+
+def one_clause(error: BaseException) -> str:
+    """What a library said, short enough to stand inside one sentence."""
+    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__

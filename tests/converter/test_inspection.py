@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from hub_server import HubServer, running_hub
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pipelines import copied, saved
+from pipelines import saved
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -31,18 +31,6 @@ CONFIG = "transformer/config.json"
 FP8 = torch.float8_e4m3fn
 ONE = torch.ones(())
 CODES = torch.ones(4, 6).to(FP8)
-
-
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inspection") / "out"
-    convert(saved("z_image"), folder)
-    return folder
-
-
-@pytest.fixture
-def spoilt(converted: Path, tmp_path: Path) -> Path:
-    return copied(converted, tmp_path / "spoilt")
 
 
 @pytest.fixture

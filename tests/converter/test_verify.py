@@ -39,19 +39,6 @@ CONFIG = "transformer/config.json"
 LAYER = "layers.0.attention.to_q"
 
 
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("verify") / "converted"
-    convert(saved("z_image"), folder)
-    return folder
-
-
-@pytest.fixture
-def spoilt(converted: Path, tmp_path: Path) -> Path:
-    """A converted Z-Image pipeline that the test may damage."""
-    return copied(converted, tmp_path / "spoilt")
-
-
 @pytest.fixture
 def static(converted: Path, tmp_path: Path) -> Path:
     """The same with static activations."""

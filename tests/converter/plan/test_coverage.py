@@ -14,6 +14,11 @@ from pipelines import BUILDERS, _clip_tokenizer, saved
 
 from fp8_convert.converter import ConvertError, plan_conversion
 from fp8_convert.converter.cli.render import render_plan
+from fp8_convert.converter.format.header import TensorInfo
+from fp8_convert.converter.format.layout import STORAGE, WeightFormat
+from fp8_convert.converter.plan.coverage import kept_note
+from fp8_convert.converter.plan.decide import Decision, PlannedTensor
+from fp8_convert.converter.plan.manifest import ComponentRules
 from fp8_convert.converter.plan.plan import ComponentPlan, Plan
 from fp8_convert.converter.snapshot.building import quiet_libraries
 
@@ -107,6 +112,16 @@ def test_nothing_but_what_the_user_ignores(tmp_path: Path) -> None:
 def test_alignment_is_named_as_the_reason() -> None:
     with pytest.raises(ConvertError, match=r"\(CLIPTextModel: no multiple of 128x128 \(12 tensors, .*, such as "):
         plan_conversion(_narrow_clip())
+
+
+def test_what_a_format_cannot_hold_is_no_hole_in_a_manifest() -> None:
+    """Both rules of alignment are the format's, not a rule that the manifest forgot."""
+    for rule in ("no multiple of 128x128", "element count no multiple of 4"):
+        how = Decision("a", "", "Linear", WeightFormat(STORAGE))
+        fp8 = PlannedTensor(TensorInfo("a.weight", "BF16", (4, 4), 0, 32), how)
+        kept = PlannedTensor(TensorInfo("b.weight", "BF16", (3, 5), 32, 62), Decision(rule, "", "Linear"))
+        rules = ComponentRules("text_encoder", STORAGE)
+        assert kept_note("text_encoder", [fp8, kept], rules, (), "mine") is None
 
 
 def test_experts_are_called_experts() -> None:
