@@ -38,6 +38,10 @@ class Target:
         """Why a component of a snapshot (of `components`) stays as it is, as a clause; None where FP8 can be read."""
         return None
 
+    def kept_layers(self, component: Component) -> Sequence[tuple[str, str]]:
+        """Patterns, as in manifests, of layers that the reader cannot take in FP8, each with the reason."""
+        return ()
+
     def block(self, component: Component, block: Block | None) -> Block | None:
         """The block of a component's weight scales, None for one scale per tensor; `block`: of manifest or settings."""
         return block
@@ -48,9 +52,15 @@ class Target:
         """The component's `ignored_layers`, in any order; `kept` are its linears that are not FP8."""
         return set(kept)
 
-    def problems(
-        self, component: Component, layers: Sequence[Layer], ignored: Collection[str], components: Sequence[Component]
-    ) -> Iterator[str]:
+    def snapshot_problem(self, components: Sequence[Component], converted: Collection[str]) -> str | None:
+        """Why the reader cannot take a snapshot of which only the components `converted` become FP8, as a sentence."""
+        return None
+
+    def notes(self, components: Sequence[Component]) -> Iterator[str]:
+        """What the user should know of the snapshot in this reader, one clause each."""
+        return iter(())
+
+    def problems(self, component: Component, layers: Sequence[Layer], ignored: Collection[str]) -> Iterator[str]:
         """What the reader would skip, cast without a scale or not find, one sentence each.
 
         layers: of a component that is converted. ignored: what `ignored_layers` gave.
