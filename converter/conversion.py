@@ -188,7 +188,7 @@ def convert_with(
         plan,
         output,
         plan.bytes_to_read,
-        sum(s.size for s in plan.shards),
+        plan.weight_bytes,
         time.monotonic() - started,
         resumed,
         peak_rss(),

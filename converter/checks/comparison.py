@@ -204,7 +204,11 @@ def _expected_shard(given: RecordedShard, stated: RecordedShard | None) -> Recor
         return given
     # A source that could not be read to its end has no digest, and a finding.
     source_sha256 = given.source_sha256 or stated.source_sha256
-    return replace(given, size=stated.size, sha256=stated.sha256, source_sha256=source_sha256)
+    parts = tuple(
+        part if part.source_sha256 or part.source not in stated.sources else stated.sources[part.source]
+        for part in given.parts
+    )
+    return replace(given, size=stated.size, sha256=stated.sha256, source_sha256=source_sha256, parts=parts)
 
 
 def _differences(stated: Any, expected: Any, where: str) -> Iterator[str]:

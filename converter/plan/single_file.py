@@ -47,6 +47,10 @@ class SingleFile(Brief):
     places: Mapping[str, int]
     extras: tuple[Extra, ...] = ()
 
+    def start_of(self, extra: Extra) -> int:
+        """Where an extra tensor begins in the data section."""
+        return next(t.start for t in self.file.outputs if t.name == extra.name)
+
 
 @dataclass(frozen=True)
 class _Entry:
