@@ -23,6 +23,7 @@ from .matching import Match, components_of, match_entries, match_tables, refuse_
 from .plan import ComponentPlan, Plan
 from .recipe import Recipe
 from .schedule import MEMORY, Memory
+from .single_files import single_files
 from .unquantized import check_unquantized
 
 _MOST_NOTES = 4  # on files that are left out for one reason
@@ -48,6 +49,8 @@ def make_plan(snapshot: Snapshot, recipe: Recipe, memory: Memory = MEMORY) -> Pl
         plan_component(c, chosen[c.name], decisions[c.name], recipe, problems.get(c.name), memory, snapshot.components)
         for c in snapshot.components
     )
+    if recipe.reader.single_files:
+        return single_files(snapshot, recipe, components, notes)
     files = _json_files(components)
     notes = [*snapshot.remarks, *_left_out_notes(snapshot.left_out), *notes, *_compact_notes(recipe, components)]
     sidecars = {path: size for path, size in snapshot.sidecars.items() if path not in files}

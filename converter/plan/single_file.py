@@ -11,28 +11,12 @@ from dataclasses import dataclass
 
 from ..format import layout
 from ..format.header import DTYPE_BITS, TensorInfo, encode_header
+from ..targets.comfyui import Extra
 from ..targets.key_map import KeyMap, Original
 from ..telling.errors import ConvertError
 from ..telling.notebook import Brief
 from .decide import PlannedTensor
 from .sharding import OutputFile
-
-
-@dataclass(frozen=True)
-class Extra:
-    """A tensor that no component has: bytes of its own, or those of a file of the source."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: str | None = None
-
-    @property
-    def nbytes(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * DTYPE_BITS[self.dtype] // 8
 
 
 @dataclass(frozen=True, repr=False)
