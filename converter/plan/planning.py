@@ -17,7 +17,7 @@ from ..telling.errors import ConvertError
 from ..telling.quantities import byte_count
 from .component import encode_index, plan_component
 from .coverage import integer_note, kept_note, nothing_converted, unnamed_notes, why_unnamed
-from .decide import PlannedTensor, check_patterns, decide, expand_aliases, keep_all
+from .decide import STORAGE_FORMAT, PlannedTensor, check_patterns, decide, expand_aliases, keep_all
 from .manifest import ComponentRules
 from .matching import Match, components_of, match_entries, match_tables, refuse_problems, why_unmatched
 from .plan import ComponentPlan, Plan
@@ -188,6 +188,7 @@ def _decide_all(
                 block=recipe.reader.block(
                     component, (recipe.block if rules.runs_in_fp8 else None) or rules.weight_block_size
                 ),
+                storage=replace(STORAGE_FORMAT, block=recipe.reader.block(component, STORAGE_FORMAT.block)),
             )
             notes += said
         decisions[component.name] = {t.info.name: t for t in decided}

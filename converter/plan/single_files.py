@@ -1,4 +1,4 @@
-"""A plan whose components are one file each, as ComfyUI reads them: files in its folders, and nothing else but licences.
+"""A plan whose components are one file each, as ComfyUI reads them: files in its folders, and licences.
 
 Tokenizers, schedulers and configs are ComfyUI's own. What it has no names for is left out and said, or refused where
 it was to become FP8.
