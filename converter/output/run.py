@@ -271,13 +271,18 @@ def _write_single(
                 writer.write(memoryview(piece), position)
                 position += len(piece)
         for stream in streams:
-            shard = stream.plan.source
+            shard, outputs = stream.plan.source, stream.plan.schedule.outputs
+            written = reported = 0
             for chunk in stream.chunks:
                 writer.write(chunk.data.cpu().numpy().data, len(file.header) + single.places[chunk.name] + chunk.offset)
+                written += chunk.data.numel()
+                share = shard.size * written // max(1, outputs[-1].end)
+                progress.advance(share - reported)
+                reported = share
+            progress.advance(shard.size - reported)
             _check_read(stream, target, supply)
             sources.append(Source(shard.path, shard.size, stream.sha256, stream.source.stat))
             supply.done(shard)  # a file that is interrupted begins anew, and fetches it again
-            progress.advance(shard.size)
         sha256 = writer.commit()
     first, *others = sources
     target.add(Done(file.path, file.size, sha256, first.size, first.sha256, first.stat, tuple(others)))

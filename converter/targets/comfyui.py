@@ -70,7 +70,8 @@ class Comfyui(Target):
         self, component: Component, layers: Sequence[Layer], ignored: Collection[str], components: Sequence[Component]
     ) -> Iterator[str]:
         if key_map(component.class_name, component.config) is None:
-            yield f"this version knows the names in ComfyUI of {', '.join(mapped_classes())}"
+            known = ", ".join(mapped_classes())
+            yield f"the names in ComfyUI of {component.class_name} are not known to this version, which knows {known}"
         for layer in layers:
             if layer.format is not None and layer.kind != "Linear":
                 yield f"{layer.name} is a {layer.kind}, and ComfyUI has FP8 for linear layers alone"
