@@ -17,12 +17,13 @@ from ..telling.errors import ConvertError
 from ..telling.quantities import byte_count
 from .component import encode_index, plan_component
 from .coverage import integer_note, kept_note, nothing_converted, unnamed_notes, why_unnamed
-from .decide import PlannedTensor, check_patterns, decide, expand_aliases, keep_all
+from .decide import STORAGE_FORMAT, PlannedTensor, check_patterns, decide, expand_aliases, keep_all
 from .manifest import ComponentRules, Rule
 from .matching import Match, components_of, match_entries, match_tables, refuse_problems, why_unmatched
 from .plan import ComponentPlan, Plan
 from .recipe import Recipe
 from .schedule import MEMORY, Memory
+from .single_files import single_files
 from .unquantized import check_unquantized
 
 _MOST_NOTES = 4  # on files that are left out for one reason
@@ -51,6 +52,8 @@ def make_plan(snapshot: Snapshot, recipe: Recipe, memory: Memory = MEMORY) -> Pl
         plan_component(c, chosen[c.name], decisions[c.name], recipe, problems.get(c.name), memory, snapshot.components)
         for c in snapshot.components
     )
+    if recipe.reader.single_files:
+        return single_files(snapshot, recipe, components, notes)
     files = _json_files(components)
     of_target = recipe.reader.notes(snapshot.components)
     notes = [*snapshot.remarks, *_left_out_notes(snapshot.left_out), *notes, *_compact_notes(recipe, components)]
@@ -193,6 +196,7 @@ def _decide_all(
                 block=recipe.reader.block(
                     component, (recipe.block if rules.runs_in_fp8 else None) or rules.weight_block_size
                 ),
+                storage=replace(STORAGE_FORMAT, block=recipe.reader.block(component, STORAGE_FORMAT.block)),
             )
             notes += said
         decisions[component.name] = {t.info.name: t for t in decided}

@@ -25,10 +25,12 @@ class Target:
     """The native target, and what others change of it.
 
     name: what `--target` takes. readers: who reads what is written for it, as the subject of a sentence.
+    single_files: whether every component is one file, under the names of the model's first release.
     """
 
     name = "native"
     readers = "fp8-convert's own load_pipeline"
+    single_files = False
 
     def settings_problem(self, *, compact: bool, block: Block | None) -> str | None:
         """Why settings do not go with the target, as a sentence; None where they do."""
