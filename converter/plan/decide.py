@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ..format.header import TensorInfo
-from ..format.layout import SOURCE_DTYPES, STORAGE, WEIGHT, Block, WeightFormat
+from ..format.layout import SCHEME_CHANNEL, SOURCE_DTYPES, STORAGE, WEIGHT, Block, WeightFormat
 from ..snapshot.modules import ModuleMap
 from ..telling.errors import ConvertError
 from ..telling.notebook import Brief
@@ -111,7 +111,7 @@ def decide(
     """Decide every tensor of one component; returns the decisions in order and notes for the user.
 
     user_patterns: `--ignored-layers`, already expanded by `expand_aliases`; they keep what they match in the
-    source dtype. block: block size of the component's own mode, None for per-tensor scales.
+    source dtype. block: block size of the component's own mode, None for the scales that the rules state.
     """
     decided = [PlannedTensor(t, _decide_one(t, rules, modules, user_patterns, compact, block)) for t in tensors]
     return _make_groups_whole(decided, rules.fusion_groups, user_patterns)
@@ -170,11 +170,17 @@ def _decide_one(
         how = STORAGE_FORMAT if kind == "Linear" else WeightFormat(STORAGE)
         chosen = Decision(stored.pattern, stored.why, kind, how)
     elif eligible := rules.rule_for(rules.eligible, module):
-        how = WeightFormat(rules.mode, block if kind == "Linear" else None)
-        chosen = Decision(eligible.pattern, eligible.why, kind, how)
+        chosen = Decision(eligible.pattern, eligible.why, kind, _own_format(rules, kind, block))
     else:
         return Decision("not eligible", "no pattern of the manifest makes it eligible", kind)
     return _fit(tensor, chosen, rules)
+
+
+def _own_format(rules: ComponentRules, kind: str, block: Block | None) -> WeightFormat:
+    """The component's own format of a weight: scales of blocks and rows are for linears alone."""
+    if kind != "Linear":
+        return WeightFormat(rules.mode)
+    return WeightFormat(rules.mode, block, channel=block is None and rules.weight_scales == SCHEME_CHANNEL)
 
 
 def _is_of_experts(name: str) -> bool:
