@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ..format.header import TensorInfo
-from ..format.layout import SOURCE_DTYPES, STORAGE, WEIGHT, Block, WeightFormat
+from ..format.layout import SCHEME_CHANNEL, SOURCE_DTYPES, STORAGE, WEIGHT, Block, WeightFormat
 from ..snapshot.modules import ModuleMap
 from ..telling.errors import ConvertError
 from ..telling.notebook import Brief
@@ -49,6 +49,11 @@ class Decision(Brief):
     @property
     def block(self) -> Block | None:
         return self.format.block if self.format else None
+
+    @property
+    def per_tensor(self) -> bool:
+        """Whether it becomes FP8 with one scale, which it may share."""
+        return self.format is not None and self.format.per_tensor
 
     @property
     def scheme(self) -> str | None:
@@ -107,8 +112,8 @@ def decide(
     """Decide every tensor of one component; returns the decisions in order and notes for the user.
 
     user_patterns: `--ignored-layers`, already expanded by `expand_aliases`; they keep what they match in the
-    source dtype. block: block size of the component's own mode, None for per-tensor scales. storage: what `compact`
-    stores linears in.
+    source dtype. block: block size of the component's own mode, None for the scales that the rules state. storage: what
+    `compact` stores linears in.
     """
     stored = storage if compact else None
     decided = [PlannedTensor(t, _decide_one(t, rules, modules, user_patterns, stored, block)) for t in tensors]
@@ -168,11 +173,17 @@ def _decide_one(
         how = storage if kind == "Linear" else WeightFormat(STORAGE)
         chosen = Decision(stored.pattern, stored.why, kind, how)
     elif eligible := rules.rule_for(rules.eligible, module):
-        how = WeightFormat(rules.mode, block if kind == "Linear" else None)
-        chosen = Decision(eligible.pattern, eligible.why, kind, how)
+        chosen = Decision(eligible.pattern, eligible.why, kind, _own_format(rules, kind, block))
     else:
         return Decision("not eligible", "no pattern of the manifest makes it eligible", kind)
     return _fit(tensor, chosen, rules)
+
+
+def _own_format(rules: ComponentRules, kind: str, block: Block | None) -> WeightFormat:
+    """The component's own format of a weight: scales of blocks and rows are for linears alone."""
+    if kind != "Linear":
+        return WeightFormat(rules.mode)
+    return WeightFormat(rules.mode, block, channel=block is None and rules.weight_scales == SCHEME_CHANNEL)
 
 
 def _is_of_experts(name: str) -> bool:
@@ -213,7 +224,7 @@ def _make_groups_whole(
         for p in positions:
             tensor = decided[p]
             if not kept:
-                if tensor.decision.block is None and len(positions) > 1:
+                if tensor.decision.per_tensor and len(positions) > 1:
                     decided[p] = PlannedTensor(tensor.info, replace(tensor.decision, group=name))
             elif tensor.decision.fp8:
                 cause = kept[0]

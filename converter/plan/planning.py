@@ -251,6 +251,12 @@ def _with_input_scales(
     given = recipe.input_scales
     w8a8 = [t for tensors in decisions.values() for t in tensors.values() if t.decision.mode == layout.W8A8]
     for tensor in w8a8:
+        if not tensor.decision.per_tensor:
+            raise ConvertError(
+                f"The manifest {recipe.manifest.name} gives {tensor.module} {tensor.decision.scheme} scales, and "
+                "static activations go with one scale per tensor; drop --activation-scheme static or pass another "
+                "--manifest."
+            )
         if tensor.module not in given:
             raise ConvertError(
                 f"The input scales lack {tensor.module}{layout.INPUT_SCALE}; calibrate it or name the layer in "

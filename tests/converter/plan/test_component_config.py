@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from own_manifests import with_scales_of_rows
 from pipelines import copied, saved
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -34,6 +35,11 @@ CONVERSIONS: list[tuple[str, dict[str, Any], dict[str, tuple[str, list[int] | No
         "qwen_image",
         {},
         {"transformer": ("fp8", None), "text_encoder": ("fp8", BLOCK), "vae": ("fp8_convert", None)},
+    ),
+    (  # of scales of rows readers of "fp8" know nothing
+        "z_image",
+        {"manifest": with_scales_of_rows("z-image")},
+        {"transformer": ("fp8_convert", None), "text_encoder": ("fp8_convert", None)},
     ),
     ("wan22", {}, {"transformer": ("fp8", None), "transformer_2": ("fp8", None)}),
     (

@@ -112,6 +112,16 @@ CHANGES = {
     "block of zero": ("[64, 128]", "[64, 0]", r"'weight_block_size' must be two positive integers, not \[64, 0\]"),
     "block of truths": ("[64, 128]", "[true, true]", "'weight_block_size' must be two positive integers, not"),
     "block of strings": ("[64, 128]", '["64", "128"]', "'weight_block_size' must be two positive integers, not"),
+    "unknown scales": (
+        "weight_block_size = [64, 128]",
+        'weight_scales = "row"',
+        "'weight_scales' must be one of tensor, channel, not 'row'",
+    ),
+    "scales of rows and blocks": (
+        "[64, 128]",
+        '[64, 128]\nweight_scales = "channel"',
+        "'weight_scales' and 'weight_block_size' exclude each other; drop one",
+    ),
     "unknown unaligned": ('"keep"\n\n[[', '"drop"\n\n[[', "'unaligned' must be one of pad, keep, not 'drop'"),
     "optional a string": ('pattern = "attn"', 'pattern = "attn"\noptional = "yes"', "'optional' must be true or false"),
     "optional a number": (
