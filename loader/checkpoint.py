@@ -88,7 +88,7 @@ def fetched(snapshot: Snapshot, files: Files, *, recorded: bool = False) -> Path
     """
     also = {layout.RECORD_FILE}
     if recorded and isinstance(files, HubFiles) and (record := record_of(files)) is not None:
-        also |= set(record.files)
+        also |= {*record.files, layout.SOURCE_CARD}
     return fetch(snapshot, files, also & set(files.sizes())).root
 
 
