@@ -164,6 +164,7 @@ class HubServer:
         self.faults: list[Fault] = []
         self.tokens: dict[str, str] = {}  # who may write: user by token
         self.messages: list[str] = []  # of the commits that clients made
+        self.ignored: set[str] = set()  # paths that a .gitignore keeps out of commits
         self._uploads = Path(tempfile.mkdtemp(prefix="hub-uploads-"))
         self._repos: dict[str, _Repo] = {}
         self._log: list[Request] = []
@@ -512,7 +513,8 @@ class _Handler(BaseHTTPRequestHandler):
                 repo.branches[branch] = commit.sha
             return self._send_json({})
         if parts["what"] == "preupload":
-            return self._send_json({"files": [_preupload(entry, commit) for entry in data["files"]]})
+            modes = [_preupload(entry, commit, hub.ignored) for entry in data["files"]]
+            return self._send_json({"files": modes})
         return self._take_commit(repo_id, branch, commit)
 
     def _take_commit(self, repo_id: str, branch: str, parent: _Commit) -> None:
@@ -695,11 +697,12 @@ def _lfs_file(local: Path, size: int, sha256: str) -> _File:
     return _File(local, size, _git_oid(pointer), sha256, len(pointer))
 
 
-def _preupload(entry: dict[str, Any], commit: _Commit) -> dict[str, Any]:
+def _preupload(entry: dict[str, Any], commit: _Commit, ignored: set[str]) -> dict[str, Any]:
     """How a file is to be uploaded, and what the branch has in its place."""
-    known = commit.files.get(entry["path"])
-    mode = "lfs" if entry["path"].endswith(".safetensors") else "regular"
-    return {"path": entry["path"], "uploadMode": mode, "shouldIgnore": False, "oid": known.etag if known else None}
+    path = entry["path"]
+    known = commit.files.get(path)
+    mode = "lfs" if path.endswith(".safetensors") else "regular"
+    return {"path": path, "uploadMode": mode, "shouldIgnore": path in ignored, "oid": known.etag if known else None}
 
 
 def _git_oid(content: bytes) -> str:

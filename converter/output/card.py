@@ -113,9 +113,7 @@ def _origin(record: Record, data: Mapping[str, Any]) -> str:
         f"{change(before, after)}. Converted by fp8-convert {_text(record.tool_version)}, {scales}."
     ]
     if loras := as_json(record.recipe).get("merged_loras"):
-        lines.append(
-            f"{plural(len(loras), 'LoRA')} merged before, by the digest below: these are not the source's weights."
-        )
+        lines.append(f"Before, {plural(len(loras), 'LoRA')} went into them, which the recipe below names by digest.")
     if layout.CARD in record.files:
         lines.append(f"What the model is and who made it: [the source's card]({layout.SOURCE_CARD}).")
     lines.append(_licence(record, data))
@@ -137,8 +135,9 @@ def _licence(record: Record, data: Mapping[str, Any]) -> str:
     name = data.get("license_name") or data.get("license")
     if name is None and not files:
         return "The source states no licence; ask those who made it before you use this."
-    about = " ".join(filter(None, (f"`{_code(str(name))}`" if name else "", f"({files})" if files else "")))
-    return f"The licence is the source's: {about}."
+    if name is None:
+        return f"The licence is the source's: {files}."
+    return f"The licence is the source's: `{_code(str(name))}`{f' ({files})' if files else ''}."
 
 
 def _sizes(record: Record) -> str:
