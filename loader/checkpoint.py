@@ -88,7 +88,7 @@ def fetched(snapshot: Snapshot, files: Files, *, recorded: bool = False) -> Path
     """
     also = {layout.RECORD_FILE}
     if recorded and isinstance(files, HubFiles) and (record := record_of(files)) is not None:
-        also |= {*record.files, layout.SOURCE_CARD}
+        also |= set(record.files)
     return fetch(snapshot, files, also & set(files.sizes())).root
 
 
