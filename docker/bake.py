@@ -5,7 +5,8 @@
 The snapshot is made in CACHE, which the builder keeps, under a name that follows from the source's commit, the recipe
 and the version: a build that is run again finds it finished and converts nothing, one that broke off goes on. LAYERS
 gets the folders 00 to 15: all small files in the first, then the weights in their order, none over --layer-size unless
-a file alone is. Modification times are those of the snapshot, which are constant: the same source gives the same layers.
+a file alone is. Each has its files below the folder `model`, so that nothing of a layer is made while it is copied: the
+times of files and folders are the snapshot's, which are constant, and the same source gives the same layers.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LAYERS = 16  # as many as the Dockerfile copies
+PLACE = "model"  # where the snapshot is in the image
 
 
 def main(command_line: list[str]) -> None:
@@ -93,7 +95,7 @@ def _lay_out(snapshot: Path, files: list[Path], folder: Path) -> None:
     """Copy the files to their places below `folder`, with the times that they and their folders have."""
     folder.mkdir(parents=True)
     for path in files:
-        target = folder / path.relative_to(snapshot)
+        target = folder / PLACE / path.relative_to(snapshot)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, target)
     time = (snapshot / "fp8_convert.json").stat().st_mtime
