@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .plan.manifest import Manifest, load_manifest
     from .plan.manifest_check import ManifestCheck, check_manifest
     from .plan.plan import Plan
+    from .pushing import Push, push
     from .snapshot.access import HubAccess
     from .telling.errors import ConvertError, Fp8Error, ResumableError, SettingsError
     from .verification import Verification, verify
@@ -24,6 +25,7 @@ _MODULES = {
     "Manifest": "plan.manifest",
     "ManifestCheck": "plan.manifest_check",
     "Plan": "plan.plan",
+    "Push": "pushing",
     "Result": "conversion",
     "ResumableError": "telling.errors",
     "SettingsError": "telling.errors",
@@ -33,6 +35,7 @@ _MODULES = {
     "inspect": "inspection",
     "load_manifest": "plan.manifest",
     "plan_conversion": "conversion",
+    "push": "pushing",
     "verify": "verification",
 }
 
@@ -44,6 +47,7 @@ __all__ = [
     "Manifest",
     "ManifestCheck",
     "Plan",
+    "Push",
     "Result",
     "ResumableError",
     "SettingsError",
@@ -53,6 +57,7 @@ __all__ = [
     "inspect",
     "load_manifest",
     "plan_conversion",
+    "push",
     "verify",
 ]
 

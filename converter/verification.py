@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .checks.comparison import compare, described, open_original
-from .checks.digests import check_files
+from .checks.digests import check_files, has_own_card
 from .checks.finding import Finding
 from .checks.structure import check_structure
 from .format import layout
@@ -60,6 +60,16 @@ class Verification:
         return {"ok": self.ok, **asdict(self)}
 
 
+def require_finished(root: Path) -> None:
+    """Raise ConvertError unless `root` is the folder of a conversion that has finished."""
+    require_folder(root)
+    if not (root / layout.RECORD_FILE).is_file():
+        advice = "run its conversion again" if (root / STAGING).exists() else "give the folder that fp8-convert wrote"
+        raise ConvertError(
+            f"{root} has no {layout.RECORD_FILE}, so it is not a snapshot that fp8-convert finished; {advice}."
+        )
+
+
 def verify(
     path: str | os.PathLike[str],
     *,
@@ -76,12 +86,7 @@ def verify(
     root = Path(path)
     progress = progress or Silent()
     options = options or HubAccess()
-    require_folder(root)
-    if not (root / layout.RECORD_FILE).is_file():
-        advice = "run its conversion again" if (root / STAGING).exists() else "give the folder that fp8-convert wrote"
-        raise ConvertError(
-            f"{root} has no {layout.RECORD_FILE}, so it is not a snapshot that fp8-convert finished; {advice}."
-        )
+    require_finished(root)
     if problem := check_record(root):  # nothing else can be believed
         return Verification(str(root), 1, 0, None, (Finding(layout.RECORD_FILE, problem),))
     record = load_record(root)
@@ -97,4 +102,6 @@ def verify(
         found += compare(root, record, original, {f.path for f in found}, progress)
     tensors = sum(len(s.header.tensors) for s in shards)
     compared, notes = (None, ()) if original is None else described(original.snapshot, record)
+    if has_own_card(root, record):
+        notes = (*notes, f"{layout.CARD} is not checked: it was written after the conversion, to present the snapshot")
     return Verification(str(root), len(record.files) + 1, tensors, compared, tuple(found), notes)

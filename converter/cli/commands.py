@@ -24,7 +24,7 @@ from .stopping import Stopping
 # What a command does is imported in it: PyTorch takes seconds, and help and first words should not.
 
 F = TypeVar("F", bound=Callable[..., Any])
-_COMMANDS = ("convert", "inspect", "verify", "manifests", "demo")
+_COMMANDS = ("convert", "inspect", "verify", "push", "manifests", "demo")
 
 
 class Commands(DefaultGroup):  # type: ignore[misc]
@@ -249,6 +249,37 @@ def verify_command(
         click.echo(json.dumps(found.to_json(), indent=2) if as_json else render_verification(found))
         if not found.ok:
             sys.exit(1)
+
+
+@main.command("push")
+@click.argument("path", metavar="OUT", type=click.Path(path_type=Path))
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="Create the repository as a private one.")
+@click.option("--revision", help="Branch to push to, created if need be; main by default.")
+@click.option("--message", help="The commit's message.")
+@click.option("--token", help="Hub token with write access; by default the one you logged in with.")
+@click.option("--dry-run", is_flag=True, help="Print the model card and what would be uploaded; no connection is made.")
+@_json_option
+@_quiet_option
+def push_command(path: Path, repo: str, as_json: bool, quiet: bool, **settings: Any) -> None:
+    """Upload a converted snapshot to the Hub, with a model card of its own.
+
+    \b
+    Example:
+      fp8-convert push qwen-image-fp8 me/qwen-image-fp8
+      fp8-convert push qwen-image-fp8 me/qwen-image-fp8 --dry-run
+    """
+    advice = "run the same command again; what the Hub has is not sent twice"
+    with _errors(advice) as stopping, _progress(stopping, quiet) as progress:
+        from .. import push
+
+        pushed = push(path, repo, progress=progress, quiet=quiet, **settings)
+        from .render import render_push
+
+        for note in pushed.notes:
+            progress.say(f"note: {note}")
+        progress.close()
+        click.echo(json.dumps(pushed.to_json(), indent=2) if as_json else render_push(pushed))
 
 
 @main.group("manifests", invoke_without_command=True)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # only what is rendered has been imported
     from ..plan.manifest_check import ManifestCheck
     from ..plan.matching import Match
     from ..plan.plan import Plan
+    from ..pushing import Push
     from ..verification import Verification
 
 _WORTH_SAYING = 0.05  # of the bytes: what --compact must save to be mentioned
@@ -100,6 +101,14 @@ def render_verification(verification: Verification) -> str:
     lines = [f"{f.path}: {f.problem}" for f in verification.findings]
     lines += [f"note: {note}" for note in verification.notes]
     return _text([*lines, verification.verdict])
+
+
+def render_push(push: Push) -> str:
+    """What was pushed, one line; of a dry run also every file and the card."""
+    if push.commit is not None:
+        return _text([push.summary])
+    table = [["file", "bytes"], *([path, byte_count(size)] for path, size in push.files.items())]
+    return _text([*push.card.splitlines(), "", *_table(table, right=(1,), width=None, words=0), push.summary])
 
 
 def render_manifests(manifests: Sequence[Manifest], width: int | None = None) -> str:

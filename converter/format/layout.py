@@ -20,6 +20,8 @@ INPUT_SCALE = ".input_scale"
 SCALE_SUFFIXES = (WEIGHT_SCALE, WEIGHT_SCALE_INV, INPUT_SCALE)
 
 RECORD_FILE = "fp8_convert.json"
+CARD = "README.md"
+SOURCE_CARD = "README.source.md"  # where a push puts the source's card: README.md is then the snapshot's own
 STAGING = ".fp8-convert"  # the folder in an output that is not finished
 RECORD_FORMAT = 3
 MAX_RECORD_BYTES = 64 * 1024 * 1024  # a larger one is none: it has some hundred bytes a file
