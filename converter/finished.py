@@ -63,17 +63,18 @@ def _source_differences(record: Record, plan: Plan, files: Files, progress: Prog
         if (was := getattr(source, key)) != value:
             yield f"its source's {key} was {was!s:.80} and is now {value!s:.80}"
             return
-    shards = {shard.source.path: shard.source for shard in plan.shards}
+    sizes = {shard.source.path: shard.source.size for shard in plan.shards}
+    sizes |= {e.file: e.nbytes for c in plan.components if c.single for e in c.single.extras if e.file}
     stated = {path: part for entry in record.shards.values() for path, part in entry.sources.items()}
-    for path in sorted(stated.keys() ^ shards.keys()):
+    for path in sorted(stated.keys() ^ sizes.keys()):
         yield f"its source {'had' if path in stated else 'had no'} {path}"
     if snapshot.commit is not None:
         return  # a commit does not change
     progress.start(plan.bytes_to_read)
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1), "fp8-hash") as threads:
-        both = sorted(stated.keys() & shards.keys())
+        both = sorted(stated.keys() & sizes.keys())
         for path, sha256 in zip(both, threads.map(lambda path: _sha256(files, path), both), strict=True):
-            progress.advance(shards[path].size)
+            progress.advance(sizes[path])
             if sha256 != stated[path].source_sha256:
                 yield f"its source's {path} has changed"
     progress.close()

@@ -157,7 +157,7 @@ def compare(
     for component in plan.components:
         if component.single is not None:
             digests = yield from compare_single(root, component, supply, damaged)
-            done[component.files[0].path] = _done_single(component, record, digests)
+            done[component.files[0].path] = _done_single(component, record, digests, original.files)
             progress.advance(sum(shard.source.size for shard in component.shards))
     for shard in (s for c in plan.components if c.single is None for s in c.shards):
         digests = yield from compare_shard(root, shard, plan, supply, damaged)
@@ -176,11 +176,13 @@ def compare(
     yield from _compare_record(record, make_record(plan, done))
 
 
-def _done_single(component: ComponentPlan, record: Record, digests: Mapping[str, str]) -> Done:
+def _done_single(component: ComponentPlan, record: Record, digests: Mapping[str, str], files: LocalFiles) -> Done:
     """The component's one file, with the digests of its source shards as far as they were read to their ends."""
-    file = component.files[0]
+    assert component.single is not None
+    file = component.single.file
     stated = record.files.get(file.path)
     first, *others = (Source(s.source.path, s.source.size, digests.get(s.source.path, "")) for s in component.shards)
+    others += [Source(e.file, e.nbytes, content_sha256(files, e.file)) for e in component.single.extras if e.file]
     sha256 = stated.sha256 if stated else ""
     return Done(file.path, file.size, sha256, first.size, first.sha256, others=tuple(others))
 

@@ -153,6 +153,23 @@ def test_dry_runs_of_hostile_sources(tmp_path: Path) -> None:
     assert int(peak) <= LIMIT, f"{int(peak) / 2**20:.0f} MiB over imports"
 
 
+def test_one_file_of_three_gigabytes(three_gigabytes: Path, tmp_path: Path) -> None:
+    child = _CHILD.replace("workers=2", 'workers=2, target="comfyui"')
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", child, three_gigabytes, tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    imports, peak = map(int, done.stdout.split())
+    assert peak - imports <= LIMIT, f"{(peak - imports) / 2**20:.0f} MiB over imports"
+    (output,) = (tmp_path / "out").rglob("*.safetensors")
+    written = read_safetensors(output)["blocks.0.ffn.0.weight"]
+    assert written[0] == "F8_E4M3"
+    assert written[2][-2:] == b"\x00\xfe"  # -2 is the largest magnitude: code -448
+    output.unlink()
+
+
 long_run = pytest.mark.skipif("FP8_CONVERT_FAULTS" not in os.environ, reason="a minute more: runs in `make faults`")
 
 
