@@ -149,7 +149,8 @@ def _check_config(component: Component, modules: Mapping[str, layout.WeightForma
         if config[key] not in values:
             yield Finding(path, f"{key} is {config[key]!r:.80} instead of {' or '.join(map(repr, values))}")
     linears = {name for name, kind in built.kinds.items() if kind == "Linear"}
-    if config["ignored_layers"] != sorted(linears - set(modules)):
+    kept = linears - set(modules)  # earlier versions left out those that share their weight with an embedding
+    if config["ignored_layers"] not in (sorted(kept), sorted(kept | built.tied)):
         yield Finding(path, "ignored_layers are not exactly the linear layers that are not FP8")
 
 

@@ -45,7 +45,15 @@ def make_plan(snapshot: Snapshot, recipe: Recipe, memory: Memory = MEMORY) -> Pl
     notes += _coverage_notes(snapshot, recipe, chosen, decisions, problems)
     decisions = _with_input_scales(decisions, recipe)
     components = tuple(
-        plan_component(c, chosen[c.name], decisions[c.name], recipe, problems.get(c.name), memory)
+        plan_component(
+            c,
+            chosen[c.name],
+            decisions[c.name],
+            recipe,
+            problems.get(c.name),
+            memory,
+            maps[c.name].tied if c.name in maps else (),
+        )
         for c in snapshot.components
     )
     files = _json_files(components)

@@ -41,7 +41,7 @@ def share_of_linears(plan: Plan) -> float:
     return fp8 / total
 
 
-@pytest.mark.parametrize("name", sorted(set(BUILDERS) - {"flux"}))
+@pytest.mark.parametrize("name", sorted(BUILDERS))
 @pytest.mark.parametrize("compact", [False, True])
 def test_what_a_family_manifest_keeps_by_design_is_no_note(name: str, compact: bool) -> None:
     notes = plan_conversion(saved(name), compact=compact).notes

@@ -237,7 +237,11 @@ QWEN = {"transformer": "QwenImageTransformer2DModel", "text_encoder": "Qwen2_5_V
         (None, "UnheardOfPipeline", QWEN, "default"),
         (None, None, {"": "ZImageTransformer2DModel"}, "z-image"),
         (None, None, {"": "QwenImageTransformer2DModel"}, "qwen-image"),
-        (None, None, {"": "FluxTransformer2DModel"}, "default"),
+        ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", None, {}, "wan2.2"),
+        (None, "FluxKontextPipeline", {"transformer": "FluxTransformer2DModel"}, "flux.1"),
+        (None, "StableDiffusion3Pipeline", {"transformer": "SD3Transformer2DModel", "text_encoder_3": None}, "default"),
+        (None, None, {"": "FluxTransformer2DModel"}, "flux.1"),
+        (None, None, {"": "AuraFlowTransformer2DModel"}, "default"),
         (None, None, {"": None}, "default"),
     ],
 )
