@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from ..format.layout import WEIGHT
 from ..snapshot.snapshot import Component, Snapshot
 from ..telling.errors import ConvertError
-from .decide import PlannedTensor
+from .decide import EXPERTS, PlannedTensor
 from .manifest import ComponentRules, Manifest
 
 LEAST_LINEARS = 0.1  # of a DiT's linear parameters: below that the manifest is not made for it
@@ -127,7 +127,8 @@ def reasons(tensors: Iterable[PlannedTensor]) -> str:
 
 def _reason(rule: str, tensors: Sequence[PlannedTensor]) -> str:
     count = f"{len(tensors)} tensors" if len(tensors) > 1 else "1 tensor"
-    return f"{rule} ({count}, {_size(_bytes_of(tensors))}, such as {tensors[0].module})"
+    more = "; they are loaded into 3-D parameters, which no FP8 layer holds yet" if rule == EXPERTS.rule else ""
+    return f"{rule} ({count}, {_size(_bytes_of(tensors))}, such as {tensors[0].module}{more})"
 
 
 def _share_of_linears(tensors: Sequence[PlannedTensor], kept: Iterable[PlannedTensor]) -> float:

@@ -3,7 +3,7 @@
 The models are built on the meta device and saved as sparse safetensors files (real headers, no data), so the plan
 is the one that a user's `--dry-run` prints. What it decides stands in golden_manifests.json; after a deliberate
 change
-`PYTHONPATH=tests python tests/converter/plan/test_manifests_full_size.py`
+`PYTHONPATH=tests:. python tests/converter/plan/test_manifests_full_size.py`
 writes that file anew, and the diff is to be reviewed.
 """
 
@@ -32,7 +32,7 @@ from fp8_convert.converter.snapshot.naming import name_tensors
 from fp8_convert.converter.tiny import image_vae
 
 GOLDEN = Path(__file__).with_name("golden_manifests.json")
-COMMAND = "PYTHONPATH=tests python tests/converter/plan/test_manifests_full_size.py"
+COMMAND = "PYTHONPATH=tests:. python tests/converter/plan/test_manifests_full_size.py"
 REGENERATE = f"if the change is meant, run `{COMMAND}` and review the diff"
 
 # Qwen2.5-VL as Qwen-Image publishes it, and as transformers saves it today. Qwen3 as Z-Image publishes it (a
@@ -747,20 +747,28 @@ def _more_modules(class_name: str) -> list[str]:
 
 
 # For default.toml: architectures of which each has names of its own, with one block of each kind.
-_DITS = [
-    "AuraFlowTransformer2DModel",
-    "ChromaTransformer2DModel",
-    "Flux2Transformer2DModel",
-    "FluxTransformer2DModel",
-    "Ideogram4Transformer2DModel",
-    "JoyImageEditTransformer3DModel",
-    "Kandinsky5Transformer3DModel",
-    "Krea2Transformer2DModel",
-    "LTX2VideoTransformer3DModel",
-    "PRXTransformer2DModel",
-    "QwenImageTransformer2DModel",
-    "ZImageTransformer2DModel",
-]
+_DITS: dict[str, dict[str, Any]] = {
+    "AuraFlowTransformer2DModel": {},
+    "ChromaTransformer2DModel": {},
+    "ConsisIDTransformer3DModel": {"is_train_face": True},
+    "CosmosTransformer3DModel": {"img_context_dim_in": 1152},
+    "Flux2Transformer2DModel": {},
+    "FluxTransformer2DModel": {},
+    "Ideogram4Transformer2DModel": {},
+    "JoyImageEditTransformer3DModel": {},
+    "Kandinsky5Transformer3DModel": {},
+    "Krea2Transformer2DModel": {},
+    "LTX2VideoTransformer3DModel": {},
+    "MiniMaxH3Transformer3DModel": {},
+    "MiniMaxMusic3Transformer1DModel": {},
+    "NucleusMoEImageTransformer2DModel": {"dense_moe_strategy": "all_moe"},
+    "PRXTransformer2DModel": {},
+    "QwenImage21Transformer2DModel": {},
+    "QwenImageTransformer2DModel": {},
+    "SanaWMTransformer3DModel": {},
+    "WanAnimateTransformer3DModel": {"num_layers": 5},
+    "ZImageTransformer2DModel": {},
+}
 _DEPTHS = ("num_layers", "n_layers", "num_single_layers", "num_mmdit_layers", "num_single_dit_layers")
 
 
@@ -775,23 +783,24 @@ def _default_names() -> dict[str, list[str]]:
 
     with torch.device("meta"), quiet_libraries():
         dits = []
-        for name in _DITS:
+        for name, options in _DITS.items():
             dit = getattr(diffusers, name)
             depths = {k: 1 for k in inspect.signature(dit.__init__).parameters if k in _DEPTHS}
-            dits += small(build_on_meta("diffusers", name, depths))
+            dits += small(build_on_meta("diffusers", name, depths | options))
         gemma = transformers.Gemma3Config(text_config={"num_hidden_layers": 1}, vision_config={"num_hidden_layers": 1})
         encoders = [
             transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(num_hidden_layers=1)),
             transformers.Gemma3ForConditionalGeneration(gemma),
+            transformers.Qwen3_5TextModel(transformers.Qwen3_5TextConfig(num_hidden_layers=4)),
             transformers.T5EncoderModel(transformers.T5Config(num_layers=1)),
             transformers.UMT5EncoderModel(transformers.UMT5Config(num_layers=1)),
         ]
         texts = [n for encoder in encoders for n in small(encoder)]
     texts += small(built(_qwen_vl))
-    return {"transformer*": dits, "text_encoder*": texts}
+    return {"*transformer*": dits, "text_encoder*": texts}
 
 
-@pytest.mark.parametrize("component", ["transformer*", "text_encoder*"])
+@pytest.mark.parametrize("component", ["*transformer*", "text_encoder*"])
 def test_every_pattern_of_the_default_manifest_matches_some_model(component: str) -> None:
     rules = next(r for r in shipped()["default"].components if r.component == component)
     names = _default_names()[component]
@@ -800,6 +809,46 @@ def test_every_pattern_of_the_default_manifest_matches_some_model(component: str
     for group in rules.fusion_groups:
         parents = {n.rpartition(".")[0] for n in names if matches(group.parent, n.rpartition(".")[0])}
         assert any({f"{parent}.{m}" for m in group.members} <= set(names) for parent in parents), group.parent
+
+
+# A DiT's size in GB at its class's own configuration: as it is, converted by `default`, converted with --compact.
+_BY_DEFAULT = {
+    "CosmosTransformer3DModel": (14.5, 7.7, 7.3),
+    "FluxTransformer2DModel": (23.8, 15.2, 12.0),
+    "Ideogram4Transformer2DModel": (18.6, 9.9, 9.6),
+    "Krea2Transformer2DModel": (25.6, 13.1, 13.1),
+    "MiniMaxH3Transformer3DModel": (66.3, 46.2, 33.2),
+    "MiniMaxMusic3Transformer1DModel": (4.86, 2.45, 2.45),
+    "NucleusMoEImageTransformer2DModel": (45.4, 44.4, 44.0),  # 42.3 of them are experts
+    "QwenImage21Transformer2DModel": (14.2, 7.3, 7.2),
+    "WanAnimateTransformer3DModel": (30.3, 15.5, 15.5),
+}
+
+
+@pytest.mark.parametrize("class_name", _BY_DEFAULT)
+def test_the_default_manifest_misses_no_large_part_of_other_families(tmp_path: Path, class_name: str) -> None:
+    save_sparse(built(_dit, (("class_name", class_name),)), tmp_path / "dit", NEWER)
+    plans = [plan_conversion(tmp_path / "dit", manifest="default", compact=compact) for compact in (False, True)]
+    sizes = [plans[0].components[0].weight_bytes[0], *(p.components[0].weight_bytes[1] for p in plans)]
+    assert sizes == pytest.approx([gigabytes * 1e9 for gigabytes in _BY_DEFAULT[class_name]], rel=0.02)
+    notes = [note for note in plans[0].notes if " stay as they are" in note]
+    assert len(notes) == (class_name == "NucleusMoEImageTransformer2DModel")
+    assert all("experts (" in note and "which no FP8 layer holds yet" in note for note in notes)
+
+
+def test_a_second_denoiser_of_any_name_is_converted(tmp_path: Path) -> None:
+    """Ideogram 4 has an `unconditional_transformer` of the same class."""
+    dit = built(_dit, (("class_name", "Ideogram4Transformer2DModel"),))
+    index: dict[str, Any] = {"_class_name": "Ideogram4Pipeline"}
+    for name in ("transformer", "unconditional_transformer"):
+        save_sparse(dit, tmp_path / name, NEWER)
+        index[name] = ["diffusers", "Ideogram4Transformer2DModel"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    plan = plan_conversion(tmp_path)
+    assert plan.recipe.manifest.name == "default"
+    first, second = ([t.decision for t in c.tensors] for c in plan.components)
+    assert first == second
+    assert plan.notes == ()
 
 
 def test_every_manifest_has_its_models_here() -> None:
