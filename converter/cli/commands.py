@@ -15,6 +15,7 @@ from click_default_group import DefaultGroup
 
 from ..output.work import DEVICES
 from ..plan.recipe import ACTIVATION_SCHEMES, tool_version
+from ..plan.refused import PlanRefusedError
 from ..snapshot.access import HubAccess
 from ..telling.errors import ConvertError
 from ..telling.progress import Progress, for_terminal
@@ -171,10 +172,16 @@ def convert_command(
                 del settings[unused]
             hub = ("revision", "token", "cache_dir", "local_files_only", "variant")
             options = HubAccess(**{name: settings.pop(name) for name in hub}, quiet=quiet)
-            plan = plan_conversion(source, options=options, progress=progress, **settings)
+            refusal = None
+            try:
+                plan = plan_conversion(source, options=options, progress=progress, **settings)
+            except PlanRefusedError as error:  # the plan shows why
+                plan, refusal = error.plan, error
             from .render import render_plan, terminal_width
 
             click.echo(json.dumps(plan.to_json(), indent=2) if as_json else render_plan(plan, terminal_width()))
+            if refusal is not None:
+                raise refusal
             return
         assert output is not None
         result = convert(source, output, progress=progress, quiet=quiet, **settings)
