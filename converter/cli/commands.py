@@ -7,6 +7,7 @@ import difflib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -254,7 +255,7 @@ def verify_command(
 @_json_option
 @click.pass_context
 def manifests_command(context: click.Context, as_json: bool) -> None:
-    """List the shipped manifests; show one, or check one against a model.
+    """List the shipped manifests and what their rules rest on; show one, or check one against a model.
 
     \b
     Example:
@@ -266,12 +267,19 @@ def manifests_command(context: click.Context, as_json: bool) -> None:
         if as_json:
             raise click.UsageError(f"Put --json behind `manifests {context.invoked_subcommand}`.")
         return
+    from ..plan.evidence import evidence
     from ..plan.manifest import shipped
 
     manifests = list(shipped().values())
     if as_json:
         entries = [
-            {"name": m.name, "description": m.description, "repos": m.repos, "pipelines": m.pipelines}
+            {
+                "name": m.name,
+                "description": m.description,
+                "repos": m.repos,
+                "pipelines": m.pipelines,
+                "evidence": asdict(evidence(m)),
+            }
             for m in manifests
         ]
         click.echo(json.dumps(entries, indent=2))
@@ -285,7 +293,7 @@ def manifests_command(context: click.Context, as_json: bool) -> None:
 @click.argument("manifest", metavar="NAME|PATH")
 @_json_option
 def show_command(manifest: str, as_json: bool) -> None:
-    """Print a manifest's TOML, to read or as a start for your own.
+    """Print a manifest's TOML with the evidence of every pattern, to read or as a start for your own.
 
     \b
     Example: fp8-convert manifests show qwen-image > mine.toml

@@ -1,5 +1,6 @@
 """Manifests: the parser's strictness, and which manifest a snapshot gets."""
 
+import json
 import re
 from dataclasses import fields
 from importlib import resources
@@ -183,6 +184,26 @@ def test_the_documented_schema_parses_and_has_every_key() -> None:
     stated = {line.partition(" = ")[0] for line in example.splitlines() if " = " in line}
     keys = {f.name for cls in (Manifest, ComponentRules, FusionGroup, Rule) for f in fields(cls)}
     assert keys - {"sha256", "text", "path", "component", "components", *SECTIONS, "fusion_groups"} == stated
+
+
+def test_documented_sizes_are_the_golden_ones() -> None:
+    golden = json.loads(Path(__file__).with_name("golden_manifests.json").read_text())
+    models = {
+        "Qwen-Image-2.1": "qwen-image-2.1",
+        "FLUX.1": "flux.1",
+        "FLUX.2-dev": "flux.2",
+        "FLUX.2-klein-4B": "flux.2/klein-4b",
+        "Stable Diffusion 3.5 large": "sd3.5",
+        "Stable Diffusion 3.5 medium": "sd3.5/medium",
+        "HunyuanVideo-1.5": "hunyuanvideo-1.5",
+        "LTX-2": "ltx-2",
+    }
+    text = (Path(__file__).parents[3] / "manifests" / "README.md").read_text()
+    for label, model in models.items():
+        plain, compact = (golden[model][variant]["transformer"]["bytes"] for variant in ("plain", "compact"))
+        sizes = [size / 1e9 for size in (*plain, compact[1])]
+        assert f"| {label} | {' | '.join(f'{size:.1f}' for size in sizes)} |" in text
+    assert {name for name in shipped() if f"| `{name}` |" not in text} == set()
 
 
 # Choosing
