@@ -181,7 +181,9 @@ def _check_config(
         if config[key] not in values:
             yield Finding(path, f"{key} is {config[key]!r:.80} instead of {' or '.join(map(repr, values))}")
     linears = {name for name, kind in built.kinds.items() if kind == "Linear"}
-    if config["ignored_layers"] != ignored.names(component, linears - set(modules)):
+    kept = linears - set(modules)  # earlier versions left out those that share their weight with an embedding
+    lists = (ignored.names(component, kept), ignored.names(component, kept | built.tied))
+    if config["ignored_layers"] not in lists:
         yield Finding(path, f"ignored_layers are not exactly {ignored.meaning}")
 
 

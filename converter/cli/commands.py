@@ -7,6 +7,7 @@ import difflib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from click_default_group import DefaultGroup
 
 from ..output.work import DEVICES
 from ..plan.recipe import ACTIVATION_SCHEMES, tool_version
+from ..plan.refused import PlanRefusedError
 from ..snapshot.access import HubAccess
 from ..targets.choosing import TARGETS
 from ..telling.errors import ConvertError
@@ -179,10 +181,16 @@ def convert_command(
                 del settings[unused]
             hub = ("revision", "token", "cache_dir", "local_files_only", "variant")
             options = HubAccess(**{name: settings.pop(name) for name in hub}, quiet=quiet)
-            plan = plan_conversion(source, options=options, progress=progress, **settings)
+            refusal = None
+            try:
+                plan = plan_conversion(source, options=options, progress=progress, **settings)
+            except PlanRefusedError as error:  # the plan shows why
+                plan, refusal = error.plan, error
             from .render import render_plan, terminal_width
 
             click.echo(json.dumps(plan.to_json(), indent=2) if as_json else render_plan(plan, terminal_width()))
+            if refusal is not None:
+                raise refusal
             return
         assert output is not None
         result = convert(source, output, progress=progress, quiet=quiet, **settings)
@@ -286,7 +294,7 @@ def push_command(path: Path, repo: str, as_json: bool, quiet: bool, **settings: 
 @_json_option
 @click.pass_context
 def manifests_command(context: click.Context, as_json: bool) -> None:
-    """List the shipped manifests; show one, or check one against a model.
+    """List the shipped manifests and what their rules rest on; show one, or check one against a model.
 
     \b
     Example:
@@ -298,12 +306,19 @@ def manifests_command(context: click.Context, as_json: bool) -> None:
         if as_json:
             raise click.UsageError(f"Put --json behind `manifests {context.invoked_subcommand}`.")
         return
+    from ..plan.evidence import evidence
     from ..plan.manifest import shipped
 
     manifests = list(shipped().values())
     if as_json:
         entries = [
-            {"name": m.name, "description": m.description, "repos": m.repos, "pipelines": m.pipelines}
+            {
+                "name": m.name,
+                "description": m.description,
+                "repos": m.repos,
+                "pipelines": m.pipelines,
+                "evidence": asdict(evidence(m)),
+            }
             for m in manifests
         ]
         click.echo(json.dumps(entries, indent=2))
@@ -317,7 +332,7 @@ def manifests_command(context: click.Context, as_json: bool) -> None:
 @click.argument("manifest", metavar="NAME|PATH")
 @_json_option
 def show_command(manifest: str, as_json: bool) -> None:
-    """Print a manifest's TOML, to read or as a start for your own.
+    """Print a manifest's TOML with the evidence of every pattern, to read or as a start for your own.
 
     \b
     Example: fp8-convert manifests show qwen-image > mine.toml

@@ -112,12 +112,14 @@ def render_push(push: Push) -> str:
 
 
 def render_manifests(manifests: Sequence[Manifest], width: int | None = None) -> str:
-    """The shipped manifests and what chooses each."""
-    table = [["name", "for", "chosen by"]]
+    """The shipped manifests, what chooses each, and what its rules rest on."""
+    from ..plan.evidence import evidence
+
+    table = [["name", "for", "chosen by", "evidence"]]
     for manifest in manifests:
         chosen = ", ".join((*manifest.repos, *manifest.pipelines)) or "anything else"
-        table.append([manifest.name, manifest.description, chosen])
-    return "\n".join(_table(table, right=(), width=width, words=2))
+        table.append([manifest.name, manifest.description, chosen, str(evidence(manifest))])
+    return "\n".join(_table(table, right=(), width=width, words=3))
 
 
 def render_manifest_check(check: ManifestCheck, width: int | None = None) -> str:

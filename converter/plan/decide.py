@@ -88,7 +88,7 @@ def scale_bytes(shape: Sequence[int], how: WeightFormat) -> int:
     return 4 * math.prod(how.scale_shape(shape))
 
 
-_EXPERTS = Decision(
+EXPERTS = Decision(
     "experts",
     "expert weights, which the component's class stacks in 3-D parameters: no layer of a kind that becomes FP8",
 )
@@ -150,12 +150,12 @@ def _decide_one(
 ) -> Decision:
     if not tensor.name.endswith(WEIGHT):
         if len(tensor.shape) == 3 and _is_of_experts(tensor.name):
-            return _EXPERTS
+            return EXPERTS
         return Decision("no weight", "biases, tables and buffers are small and stay as they are")
     module = tensor.name.removesuffix(WEIGHT)
     kind = modules.kinds.get(module)
     if kind is None and modules.problem is None and _is_of_experts(module):
-        return _EXPERTS
+        return EXPERTS
     if kind is None:
         return Decision("unknown module", modules.problem or "no module of the component's class has this name")
     if kind not in rules.kinds:

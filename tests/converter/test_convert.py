@@ -29,6 +29,10 @@ QWEN_ATTENTION = r"transformer_blocks\.\d+\.attn\.(to_[qkv]|add_[qkv]_proj|to_ou
 QWEN_VAE = (
     r"(encoder|decoder)\.(down_blocks|mid_block|up_blocks)\..*(conv\d|conv_shortcut|resample\.1|time_conv|to_qkv|proj)"
 )
+FLUX_DIT = (
+    r"transformer_blocks\.\d+\.attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)"
+    r"|single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out)"
+)
 # Which modules become FP8, per pipeline and component: written from the models' descriptions, not from the manifests.
 # The tiny encoders' k and v projections have 64 rows, no multiple of the block.
 FP8 = {
@@ -57,8 +61,7 @@ FP8 = {
         r"blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ffn\.net\.(0\.proj|2))",
     ),
     "flux": {
-        "transformer": r"(single_)?transformer_blocks\.\d+\.(attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)"
-        r"|(ff|ff_context)\.net\.(0\.proj|2)|proj_mlp|proj_out)",
+        "transformer": FLUX_DIT,
         "text_encoder": r"(text_model\.)?encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])",
         "text_encoder_2": r"encoder\.block\.\d+\.layer\.\d+\.(SelfAttention\.[qkvo]|DenseReluDense\.wi_[01])",
     },
@@ -115,6 +118,14 @@ def test_every_tensor_against_the_reference(name: str, dtype: torch.dtype, tmp_p
     for folder in (p for p in source.iterdir() if list(p.glob("*.safetensors"))):
         block = (128, 128) if folder.name.startswith("text_encoder") else None
         check_component(folder, output / folder.name, FP8[name].get(folder.name), block)
+
+
+def test_the_default_manifest_against_the_reference(tmp_path: Path) -> None:
+    """It runs the double-stream feed-forward in FP8 too, which FLUX.1's own manifest ignores."""
+    source, output = saved("flux"), tmp_path / "out"
+    convert(source, output, manifest="default", components=["transformer"])
+    fp8 = FLUX_DIT + r"|transformer_blocks\.\d+\.(ff|ff_context)\.net\.(0\.proj|2)"
+    check_component(source / "transformer", output / "transformer", fp8)
 
 
 def test_wan_as_published_in_fp32(tmp_path: Path) -> None:

@@ -325,6 +325,10 @@ def test_manifests() -> None:
         line = next(line for line in text.splitlines() if line.split()[0] == entry["name"])
         assert entry["description"] in line
         assert all(repo in line for repo in entry["repos"])
+        found = entry["evidence"]
+        assert line.endswith(
+            f"{found['lines']} lines: {', '.join(found['sources'])}; {found['ours']} of our own reasoning"
+        )
     repos = {repo for e in entries for repo in e["repos"]}
     assert {"Tongyi-MAI/Z-Image-Turbo", "Qwen/Qwen-Image", "Qwen/Qwen-Image-2512", "Qwen/Qwen-Image-Edit"} <= repos
     assert {"Qwen/Qwen-Image-Layered", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"} <= repos
