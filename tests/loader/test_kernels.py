@@ -130,8 +130,9 @@ def test_every_code_dequantises_with_one_rounding(
         scale = torch.rand(-(-n // bn), -(-k // bk), generator=generator) + 0.01
         full = scale.repeat_interleave(bn, 0).repeat_interleave(bk, 1)[:n, :k]
     fp8 = codes.view(torch.float8_e4m3fn)
-    weight = kernels.dequantize(fp8.to(device), scale.to(device), dtype, block)
     expected = (fp8.float() * full).to(dtype)
-    assert weight.dtype == dtype
-    assert torch.equal(weight.cpu().float(), expected.float())
-    assert torch.equal(weight.cpu().signbit(), expected.signbit())
+    for _ in range(2):  # on CUDA the second call launches what the first one compiled
+        weight = kernels.dequantize(fp8.to(device), scale.to(device), dtype, block)
+        assert weight.dtype == dtype
+        assert torch.equal(weight.cpu().float(), expected.float())
+        assert torch.equal(weight.cpu().signbit(), expected.signbit())
