@@ -13,6 +13,7 @@ from dataclasses import replace
 from ..format import layout
 from ..snapshot.modules import ModuleMap, module_map
 from ..snapshot.snapshot import CONFIG, MODEL_INDEX, Component, LeftOut, Snapshot
+from ..targets.target import NATIVE
 from ..telling.errors import ConvertError
 from ..telling.quantities import byte_count
 from .component import encode_index, plan_component
@@ -130,8 +131,14 @@ def _check_components(snapshot: Snapshot, recipe: Recipe, chosen: Mapping[str, C
                 "--manifest."
             )
     for component in snapshot.components:
-        if chosen[component.name] is not None:
-            check_unquantized(component, snapshot.label)
+        if (rules := chosen[component.name]) is None:
+            continue
+        check_unquantized(component, snapshot.label)
+        if rules.weight_scales == layout.SCHEME_CHANNEL and recipe.reader is not NATIVE:
+            raise ConvertError(
+                f"The manifest {recipe.manifest.name} gives {component.label} a scale for each row, which nothing but "
+                f"fp8-convert's loader reads; drop --target {recipe.target} or pass another --manifest."
+            )
     has_dit = any(rules is not None and rules.runs_in_fp8 for rules in chosen.values())
     for given, option in (
         (recipe.ignored_layers, "--ignored-layers"),
