@@ -101,6 +101,7 @@ def plan_conversion(
     activation_scheme: str = "dynamic",
     input_scales: str | os.PathLike[str] | None = None,
     max_shard_size: int | str | None = None,
+    merge_lora: Sequence[Any] = (),
     options: HubAccess | None = None,
     progress: Progress | None = None,
 ) -> Plan:
@@ -122,6 +123,7 @@ def convert(
     activation_scheme: str = "dynamic",
     input_scales: str | os.PathLike[str] | None = None,
     max_shard_size: int | str | None = None,
+    merge_lora: Sequence[Any] = (),
     device: str = "auto",
     workers: int | None = None,
     stream: bool = False,
@@ -145,6 +147,7 @@ def convert(
     weight_block_size: (rows, columns) of a scale's block in the DiT; None is the manifest's choice (per tensor).
     activation_scheme: "dynamic", or "static" with input_scales, a safetensors file of `NAME.input_scale` scalars.
     max_shard_size: cuts larger output files, as in diffusers: bytes or such as "5GB"; None keeps the source's shards.
+    merge_lora: LoRAs to add to the weights first: each "[COMPONENT=]FILE.safetensors[:SCALE]", or file and scale.
     device: "cpu", "cuda" or "auto"; the bytes are the same. workers: CPU threads for the arithmetic.
     stream: for a Hub id, download shard by shard beside the conversion and keep none; needs room for two.
     force: replace a finished FP8 snapshot. check: read a finished one again and compare its digests.

@@ -130,6 +130,12 @@ def _hub_options(function: F) -> F:
     help="Safetensors file of NAME.input_scale scalars, for static activations.",
 )
 @click.option(
+    "--merge-lora",
+    metavar="FILE[:SCALE]",
+    multiple=True,
+    help="Add a LoRA to the weights first; COMPONENT=FILE where there are two DiTs. Repeatable.",
+)
+@click.option(
     "--device",
     type=click.Choice(DEVICES),
     default="auto",

@@ -22,7 +22,10 @@ from .untrusted import parse_json
 
 SEAL = "record_sha256"
 # Fields by the format that brought them: a record of that format or a newer one has them, an older one does not.
-_ADDED = {2: (("recipe", "max_shard_size"), ("components", "shared_scales"))}
+_ADDED = {
+    2: (("recipe", "max_shard_size"), ("components", "shared_scales")),
+    3: (("recipe", "merged_loras"),),
+}
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -32,6 +35,19 @@ class RecordedSource(Brief):
     repo: str | None
     commit: str | None
     pipeline: str | None
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class RecordedLora(Brief):
+    """A LoRA that was merged: digests of its file and of the adapter_config.json beside it, and how it was scaled.
+
+    component: the DiT that was named for it, None where that was left to its names.
+    """
+
+    sha256: str
+    config_sha256: str | None
+    scale: float
+    component: str | None
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -48,6 +64,7 @@ class RecordedRecipe(Brief):
     activation_scheme: str
     max_shard_size: int | None = None
     input_scales_sha256: str | None
+    merged_loras: tuple[RecordedLora, ...] = ()
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)

@@ -20,6 +20,7 @@ from .coverage import integer_note, kept_note, nothing_converted, unnamed_notes,
 from .decide import PlannedTensor, check_patterns, decide, expand_aliases, keep_all
 from .manifest import ComponentRules
 from .matching import Match, components_of, match_entries, match_tables, refuse_problems, why_unmatched
+from .merges import with_merges
 from .plan import ComponentPlan, Plan
 from .recipe import Recipe
 from .schedule import MEMORY, Memory
@@ -44,6 +45,9 @@ def make_plan(snapshot: Snapshot, recipe: Recipe, memory: Memory = MEMORY) -> Pl
         raise nothing_converted(snapshot, recipe.manifest, chosen, decisions, problems, asked)
     notes += _coverage_notes(snapshot, recipe, chosen, decisions, problems)
     decisions = _with_input_scales(decisions, recipe)
+    if recipe.loras:
+        decisions, merged = with_merges(decisions, snapshot, recipe, [n for n, rules in chosen.items() if rules])
+        notes += merged
     components = tuple(
         plan_component(c, chosen[c.name], decisions[c.name], recipe, problems.get(c.name), memory)
         for c in snapshot.components

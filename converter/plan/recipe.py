@@ -8,12 +8,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..format.layout import Block
 from ..telling.errors import SettingsError
 from ..telling.notebook import Brief
 from .manifest import Manifest
+
+if TYPE_CHECKING:
+    from .lora import Lora
 
 ACTIVATION_SCHEMES = ("dynamic", "static")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -31,7 +34,8 @@ class Recipe(Brief):
     ignored_layers: patterns beside the manifest's. components: restricts the conversion to these folders; () is
     all that the manifest converts. block: block size for the DiT's weights, None for the manifest's choice.
     input_scales: per module the activation scale of the static scheme. max_shard_size: the most bytes of an output
-    file, as far as whole tensors allow; None cuts none. `Settings.resolve` makes one of what a user states.
+    file, as far as whole tensors allow; None cuts none. loras: those to merge, one after the other.
+    `Settings.resolve` makes one of what a user states.
     """
 
     manifest: Manifest
@@ -42,6 +46,7 @@ class Recipe(Brief):
     activation_scheme: str = "dynamic"
     input_scales: Mapping[str, float] | None = None
     max_shard_size: int | None = None
+    loras: tuple[Lora, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as the record states it."""
@@ -56,6 +61,7 @@ class Recipe(Brief):
             "activation_scheme": self.activation_scheme,
             "max_shard_size": self.max_shard_size,
             "input_scales_sha256": _digest(dict(self.input_scales)) if self.input_scales else None,
+            "merged_loras": [lora.to_json() for lora in self.loras],
         }
 
     def sha256(self) -> str:

@@ -11,15 +11,19 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..format.layout import Block
 from ..format.untrusted import check_text
 from ..snapshot.snapshot import Snapshot
 from ..telling.errors import SettingsError
+from .lora_request import LORA_USE, LoraRequest, read_requests
 from .manifest import Manifest, choose_manifest, load_manifest
 from .recipe import ACTIVATION_SCHEMES, Recipe, check_scales, parse_size
 from .scales import read_input_scales
+
+if TYPE_CHECKING:
+    from .lora import Lora
 
 _LARGEST_BLOCK = 2**31  # no dimension of a weight is larger
 _MEANINGLESS = (ValueError, TypeError, OverflowError)  # what reading a value raises
@@ -30,7 +34,7 @@ _ALIASES = {"method": "quantization"}  # vLLM's name in a quantization_config
 class Settings:
     """One conversion's settings, by the names of `convert`'s arguments. Raises SettingsError where they contradict.
 
-    input_scales: the file of the static scheme's activation scales.
+    input_scales: the file of the static scheme's activation scales. merge_lora: the LoRAs to merge, in order.
     given: the names of those that were stated rather than left to their default.
     """
 
@@ -43,6 +47,7 @@ class Settings:
     activation_scheme: str = "dynamic"
     input_scales: Path | None = None
     max_shard_size: int | None = None
+    merge_lora: tuple[LoraRequest, ...] = ()
     given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -87,7 +92,15 @@ class Settings:
             activation_scheme=self.activation_scheme,
             input_scales=None if self.input_scales is None else read_input_scales(self.input_scales),
             max_shard_size=self.max_shard_size,
+            loras=self._loras(snapshot),
         )
+
+    def _loras(self, snapshot: Snapshot) -> tuple[Lora, ...]:
+        if not self.merge_lora:
+            return ()
+        from .lora import read_loras  # imports PyTorch
+
+        return read_loras(self.merge_lora, snapshot)
 
 
 def setting_problem(key: str, value: Any) -> str | None:
@@ -179,4 +192,5 @@ _SETTINGS: Mapping[str, _Setting] = {
     "activation_scheme": _Setting(_one_of(*ACTIVATION_SCHEMES), "use 'dynamic' or 'static'"),
     "input_scales": _Setting(_path, "use the path of a safetensors file"),
     "max_shard_size": _Setting(parse_size, "use a size such as 5GB or 500MB"),
+    "merge_lora": _Setting(read_requests, LORA_USE),
 }
