@@ -49,6 +49,9 @@ class RecordedLora(Brief):
     scale: float
     component: str | None
 
+    def __str__(self) -> str:
+        return f"the LoRA {self.sha256:.12} at scale {self.scale:g}{f' in {self.component}' if self.component else ''}"
+
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class RecordedRecipe(Brief):
