@@ -252,7 +252,9 @@ class _ShardStream:
     def _merged_bytes(self, data: torch.Tensor, segment: Segment, tensor: PlannedTensor) -> torch.Tensor:
         """A kept weight's bytes with what LoRAs add to it."""
         x = typed(data, tensor).to(self.engine.device)
-        return merge(x, segment.start // tensor.info.itemsize, tensor.merges).cpu().view(torch.uint8)
+        merge(x, segment.start // tensor.info.itemsize, tensor.merges)
+        finite(amax(x), tensor, self.shard.source.path)
+        return x.cpu().view(torch.uint8)
 
     # What stands apart, and the header
 

@@ -214,6 +214,16 @@ def test_an_unfinished_conversion_of_another_lora_is_not_resumed(tmp_path: Path,
     assert conversion_key(plan_conversion(saved("z_image"))) != same[0]
 
 
+@pytest.mark.parametrize("module", ["layers.0.attention.to_q", "cap_embedder.1"], ids=["fp8", "kept"])
+def test_an_overflow(tmp_path: Path, module: str) -> None:
+    """A sum past the largest FP16 number is refused, in weights that are kept too."""
+    state = prefixed("transformer.", pairs({module: shapes("z_image")[module]}))
+    file = write(tmp_path / "lora.safetensors", state)
+    message = rf"{module}.weight in .* holds NaN or Inf once its LoRA is merged; check the weight, or give"
+    with pytest.raises(ConvertError, match=message):
+        convert(saved("z_image", dtype=torch.float16), tmp_path / "out", merge_lora=[(file, 1e9)])
+
+
 def test_a_component_that_is_copied(style: Path) -> None:
     with pytest.raises(ConvertError, match=r"style.safetensors changes transformer, which is copied and not converted"):
         plan_conversion(saved("z_image"), components=["text_encoder"], merge_lora=[style])

@@ -204,3 +204,22 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 
 def _delta(state: State, module: str) -> torch.Tensor:
     return state[f"{module}.lora_B.weight"] @ state[f"{module}.lora_A.weight"]
+
+
+def test_alphas_that_diffusers_hands_out_apart(tmp_path: Path) -> None:
+    """FLUX's loader takes the alphas out of the names; they still scale."""
+    module = "transformer_blocks.0.attn.to_q"
+    state = prefixed("transformer.", pairs({module: (256, 256)}) | {f"{module}.alpha": torch.tensor(2.0)})
+    file = write(tmp_path / "x.safetensors", state)
+    lora = read(file, describe(LocalFiles(saved("flux"))))
+    assert [change.factor for change in lora.changes.values()] == [2 / 8]
+
+
+def test_a_fused_projection_is_split(tmp_path: Path) -> None:
+    """Z-Image's original names have one matrix for query, key and value."""
+    fused = pairs({"lora_unet_layers_0_attention_qkv": (3 * 128, 128)})
+    state = {key.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): v for key, v in fused.items()}
+    lora = read(write(tmp_path / "x.safetensors", state), describe(LocalFiles(saved("z_image"))))
+    assert sorted(module for _, module in lora.changes) == [f"layers.0.attention.to_{x}" for x in "kqv"]
+    up = torch.cat([lora.changes["transformer", f"layers.0.attention.to_{x}"].b for x in "qkv"])
+    assert torch.equal(up, fused["lora_unet_layers_0_attention_qkv.lora_B.weight"])
