@@ -11,13 +11,14 @@ import loras
 import pytest
 import torch
 from click.testing import CliRunner
+from hub_server import running_hub
 from loras import bare_pipeline, fused, kohya, linears, pairs, prefixed, write
-from pipelines import saved
+from pipelines import copied, saved
 from safetensors.torch import load_file
 
 from fp8_convert.converter import ConvertError, convert, inspect, plan_conversion, verify
 from fp8_convert.converter.cli.commands import main
-from fp8_convert.loader import load_component
+from fp8_convert.loader import load_component, load_pipeline
 
 
 def same_weights(ours: Path, theirs: Path, component: str) -> None:
@@ -150,6 +151,27 @@ def test_a_shard_without_fp8_weights_is_merged_too(tmp_path: Path) -> None:
     assert verify(tmp_path / "ours", source=saved("z_image", max_shard_size="300KB"), merge_lora=[file]).ok
 
 
+def test_flux_and_its_text_encoder(tmp_path: Path) -> None:
+    """One file may be for two components."""
+    import diffusers
+
+    without = {"text_encoder_2": None, "tokenizer": None, "tokenizer_2": None, "vae": None}
+    pipe = diffusers.FluxPipeline.from_pretrained(saved("flux"), dtype=torch.bfloat16, **without)
+    parts = ("transformer", "text_encoder")
+    state = {k: v for part in parts for k, v in prefixed(f"{part}.", pairs(linears(getattr(pipe, part)))).items()}
+    file = write(tmp_path / "lora.safetensors", state)
+    pipe.load_lora_weights(str(file))
+    pipe.fuse_lora(components=list(parts), lora_scale=0.5)
+    pipe.unload_lora_weights()
+    source = copied(saved("flux"), tmp_path / "fused")
+    for part in parts:
+        getattr(pipe, part).save_pretrained(source / part)
+    convert(source, tmp_path / "theirs")
+    convert(saved("flux"), tmp_path / "ours", merge_lora=[(file, 0.5)])
+    for part in parts:
+        same_weights(tmp_path / "ours", tmp_path / "theirs", part)
+
+
 @pytest.fixture(scope="module")
 def style(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA for the tiny Z-Image."""
@@ -167,6 +189,22 @@ def test_loading_gives_the_same(tmp_path: Path, style: Path) -> None:
         assert torch.equal(value, converted[key]), key
     with pytest.raises(ConvertError, match="is converted already, and a LoRA is merged before that"):
         load_component(tmp_path / "out", "transformer", device="cpu", quantization_config=config)
+
+
+def test_a_component_that_is_given_takes_none(style: Path) -> None:
+    config = {"merge_lora": [style]}
+    with pytest.raises(ValueError, match="merge_lora is for transformer, and transformer is given, so that nothing is"):
+        load_pipeline(saved("z_image"), device="cpu", quantization_config=config, transformer=None)
+
+
+def test_shards_that_stream_by(tmp_path: Path, style: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a Hub, where members of a group in shards to come are measured by range."""
+    source = saved("z_image", max_shard_size="300KB")
+    convert(source, tmp_path / "local", merge_lora=[style])
+    with running_hub(monkeypatch, tmp_path / "home") as hub:
+        hub.add_repo("some/z-image", source)
+        convert("some/z-image", tmp_path / "streamed", manifest="z-image", stream=True, merge_lora=[style])
+    same_weights(tmp_path / "streamed", tmp_path / "local", "transformer")
 
 
 def test_the_command_line(tmp_path: Path, style: Path) -> None:

@@ -37,6 +37,10 @@ def renamed(state: State, *changes: tuple[str, str]) -> State:
     return state
 
 
+def _alphas(alpha: float) -> State:
+    return {f"{module}.alpha": torch.tensor(alpha) for module in QWEN}
+
+
 STYLES: Mapping[str, Callable[[State], State]] = {
     "diffusers": lambda s: prefixed("transformer.", s),
     "bare": lambda s: s,
@@ -44,6 +48,7 @@ STYLES: Mapping[str, Callable[[State], State]] = {
     "default": lambda s: renamed(s, (".weight", ".default.weight")),
     "down-up": lambda s: renamed(s, ("lora_A", "lora_down"), ("lora_B", "lora_up")),
     "dots": lambda s: renamed(prefixed("transformer.", s), ("lora_A", "lora.down"), ("lora_B", "lora.up")),
+    "lightning": lambda s: renamed(s, ("lora_A", "lora_down"), ("lora_B", "lora_up")) | _alphas(8.0),
     "kohya": lambda s: kohya(s, lambda module: module, alpha=8.0),
 }
 
