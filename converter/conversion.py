@@ -103,6 +103,7 @@ def plan_conversion(
     input_scales: str | os.PathLike[str] | None = None,
     max_shard_size: int | str | None = None,
     target: str = "native",
+    merge_lora: Sequence[Any] = (),
     options: HubAccess | None = None,
     progress: Progress | None = None,
 ) -> Plan:
@@ -125,6 +126,7 @@ def convert(
     input_scales: str | os.PathLike[str] | None = None,
     max_shard_size: int | str | None = None,
     target: str = "native",
+    merge_lora: Sequence[Any] = (),
     device: str = "auto",
     workers: int | None = None,
     stream: bool = False,
@@ -149,6 +151,7 @@ def convert(
     activation_scheme: "dynamic", or "static" with input_scales, a safetensors file of `NAME.input_scale` scalars.
     max_shard_size: cuts larger output files, as in diffusers: bytes or such as "5GB"; None keeps the source's shards.
     target: who is to read the output: "native" (this project's loader), "vllm-omni", "sglang" or "comfyui".
+    merge_lora: LoRAs to add to the weights first: each "[COMPONENT=]FILE.safetensors[:SCALE]", or file and scale.
     device: "cpu", "cuda" or "auto"; the bytes are the same. workers: CPU threads for the arithmetic.
     stream: for a Hub id, download shard by shard beside the conversion and keep none; needs room for two.
     force: replace a finished FP8 snapshot. check: read a finished one again and compare its digests.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .format import layout
-from .format.reader import as_json
-from .format.record import Record
+from .format.reader import as_json, read_value
+from .format.record import Record, RecordedLora
 from .output.folder import refuse_foreign
 from .output.writing import sha256_at
 from .plan.plan import Plan
@@ -53,8 +53,16 @@ def _recipe_differences(record: Record, plan: Plan) -> Iterator[str]:
         yield f"its record has the format {record.format}, and this version writes {layout.RECORD_FORMAT}"
     recorded = as_json(record.recipe)
     for key, value in plan.recipe.to_json().items():
-        if (stated := recorded.get(key)) != value:
+        stated = recorded.get(key)
+        if stated != value and key == "merged_loras":
+            now = read_value(tuple[RecordedLora, ...], value, "the LoRAs")
+            yield f"it was made with {_listed(record.recipe.merged_loras)}, and now it is {_listed(now)}"
+        elif stated != value:
             yield f"{key} was {stated!r:.80} and is now {value!r:.80}"
+
+
+def _listed(loras: Iterable[RecordedLora]) -> str:
+    return ", ".join(map(str, loras)) or "no LoRA"
 
 
 def _source_differences(record: Record, plan: Plan, files: Files, progress: Progress) -> Iterator[str]:

@@ -8,6 +8,7 @@ no reason to stop: what can still be read is still checked. Nothing in the folde
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from .checks.structure import check_structure
 from .format import layout
 from .format.layout import STAGING
 from .output.record import check_record, load_record
+from .plan.settings import Settings
 from .snapshot.access import HubAccess
 from .snapshot.files import require_folder
 from .telling.errors import ConvertError
@@ -75,13 +77,15 @@ def verify(
     *,
     source: str | os.PathLike[str] | None = None,
     manifest: str | None = None,
+    merge_lora: Sequence[Any] = (),
     options: HubAccess | None = None,
     progress: Progress | None = None,
 ) -> Verification:
     """Check a converted snapshot; with `source` (a folder or a Hub id), also against what it was made from.
 
-    manifest: the manifest it was converted with, where that was one of your own. Raises ConvertError where there is
-    nothing to verify: no converted snapshot, or a source or manifest that cannot be read or is another one's.
+    manifest: the manifest it was converted with, where that was one of your own. merge_lora: the LoRAs that were
+    merged, as for `convert`. Raises ConvertError where there is nothing to verify: no converted snapshot, or a source,
+    manifest or LoRA that cannot be read or is another one's.
     """
     root = Path(path)
     progress = progress or Silent()
@@ -93,7 +97,8 @@ def verify(
     assert record is not None
     original = None
     if source is not None:  # before the long work: what is wrong with the options is said at once
-        original = open_original(root, record, source, manifest, options)
+        loras = Settings.read({"merge_lora": merge_lora}).merge_lora
+        original = open_original(root, record, source, manifest, loras, options)
     progress.start(sum(file.size for file in record.files.values()))
     found = [*check_files(root, record, progress)]
     progress.close()

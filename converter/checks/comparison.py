@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from ..format.reader import as_json
 from ..format.record import Record, RecordedShard
 from ..output.journal import Done, Source
 from ..output.record import make_record
+from ..plan.lora import Lora
+from ..plan.lora_request import LoraRequest
 from ..plan.manifest import Manifest, load_manifest, shipped
 from ..plan.plan import ComponentPlan
 from ..plan.planning import make_plan
@@ -38,6 +40,7 @@ from ..telling.errors import ConvertError, ResumableError
 from ..telling.progress import Progress
 from .codes import compare_shard, compare_single
 from .finding import Finding
+from .loras import recorded_loras
 
 # The settings that a record's recipe states as they were given.
 _RECIPE_KEYS = (
@@ -47,17 +50,23 @@ _RECIPE_KEYS = (
 
 @dataclass(frozen=True)
 class Original:
-    """What a converted snapshot is compared with: its source, whose files are on this machine, and its manifest."""
+    """What a converted snapshot is compared with: its source, whose files are here, its manifest and LoRAs."""
 
     snapshot: Snapshot
     files: LocalFiles
     manifest: Manifest
+    loras: tuple[Lora, ...] = ()
 
 
 def open_original(
-    root: Path, record: Record, source: str | os.PathLike[str], manifest: str | None, options: HubAccess
+    root: Path,
+    record: Record,
+    source: str | os.PathLike[str],
+    manifest: str | None,
+    loras: Sequence[LoraRequest],
+    options: HubAccess,
 ) -> Original:
-    """The source, fetched if need be, and the manifest. Raises ConvertError if the snapshot cannot have come from it.
+    """The source, fetched if need be, manifest and LoRAs. Raises ConvertError if the snapshot cannot have come of them.
 
     A Hub repository that the record names is read at the commit that the record names, unless another is asked for.
     """
@@ -81,7 +90,8 @@ def open_original(
         raise ConvertError(f"{root} says that it was made from the commit {stated_commit!r:.80}: {error}") from error
     _check_components(root, record, snapshot)
     rules = _recorded_manifest(root, record, manifest)  # before the download: it may not be there
-    return Original(snapshot, fetch(snapshot, files), rules)
+    merged = recorded_loras(root, record, loras, snapshot)
+    return Original(snapshot, fetch(snapshot, files), rules, merged)
 
 
 def _check_components(root: Path, record: Record, snapshot: Snapshot) -> None:
@@ -253,13 +263,14 @@ def _recipe(root: Path, record: Record, original: Original) -> Recipe:
     """The recipe that the record states."""
     stated = {key: getattr(record.recipe, key) for key in _RECIPE_KEYS}
     if not record.recipe.input_scales_sha256:
-        return Settings.read(stated).resolve(original.snapshot, original.manifest)
+        recipe = Settings.read(stated).resolve(original.snapshot, original.manifest)
+        return replace(recipe, loras=original.loras)
     # The file of scales is not here, but the scales are.
     scheme, scales = stated.pop("activation_scheme"), _stored_input_scales(root, record)
     if TARGETS[record.recipe.target].single_files:
         scales = _native_scales(original.snapshot, scales)
     recipe = Settings.read(stated).resolve(original.snapshot, original.manifest)
-    return replace(recipe, activation_scheme=scheme, input_scales=scales)
+    return replace(recipe, activation_scheme=scheme, input_scales=scales, loras=original.loras)
 
 
 def _native_scales(snapshot: Snapshot, scales: Mapping[str, float]) -> dict[str, float]:

@@ -133,6 +133,12 @@ def _hub_options(function: F) -> F:
     help="Safetensors file of NAME.input_scale scalars, for static activations.",
 )
 @click.option(
+    "--merge-lora",
+    metavar="FILE[:SCALE]",
+    multiple=True,
+    help="Add a LoRA to the weights first; COMPONENT=FILE where there are two DiTs. Repeatable.",
+)
+@click.option(
     "--device",
     type=click.Choice(DEVICES),
     default="auto",
@@ -232,11 +238,18 @@ def inspect_command(source: str, as_json: bool, **hub: Any) -> None:
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--source", help="Folder or Hub id it was converted from: compare codes and scales with it.")
 @click.option("--manifest", metavar="NAME|PATH", help="The manifest it was converted with, if it was your own.")
+@click.option("--merge-lora", metavar="FILE[:SCALE]", multiple=True, help="With --source: each LoRA that was merged.")
 @_hub_options
 @_json_option
 @_quiet_option
 def verify_command(
-    path: Path, source: str | None, manifest: str | None, as_json: bool, quiet: bool, **hub: Any
+    path: Path,
+    source: str | None,
+    manifest: str | None,
+    merge_lora: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    **hub: Any,
 ) -> None:
     """Check every digest, header, scale, index and config; exit code 1 if something is wrong.
 
@@ -245,14 +258,18 @@ def verify_command(
       fp8-convert verify qwen-image-fp8
       fp8-convert verify qwen-image-fp8 --source Qwen/Qwen-Image
     """
-    if source is None and (manifest is not None or any(hub.values())):
-        raise click.UsageError("Name the source with --source; --manifest and the Hub's options say how to read it.")
+    if source is None and (manifest is not None or merge_lora or any(hub.values())):
+        raise click.UsageError(
+            "Name the source with --source; --manifest, --merge-lora and the Hub's options say how to read it."
+        )
     with _errors() as stopping, _progress(stopping, quiet) as progress:
         from .. import verify
         from .render import render_verification
 
         options = HubAccess(**hub, quiet=quiet)
-        found = verify(path, source=source, manifest=manifest, options=options, progress=progress)
+        found = verify(
+            path, source=source, manifest=manifest, merge_lora=merge_lora, options=options, progress=progress
+        )
         progress.close()
         click.echo(json.dumps(found.to_json(), indent=2) if as_json else render_verification(found))
         if not found.ok:

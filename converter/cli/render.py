@@ -67,6 +67,7 @@ def render_inspection(inspection: Inspection, width: int | None = None) -> str:
         lines.append(f"source: {inspection.source}")
     if inspection.target in TARGETS:
         lines.append(described(TARGETS[inspection.target]))
+    lines += [f"merged: {lora}" for lora in inspection.merged_loras]
     for component in inspection.components:
         method = component.quant_method and f"quant_method {component.quant_method}"
         about = ", ".join(filter(None, (component.class_name, method)))

@@ -24,7 +24,7 @@ SEAL = "record_sha256"
 # Fields by the format that brought them: a record of that format or a newer one has them, an older one does not.
 _ADDED = {
     2: (("recipe", "max_shard_size"), ("components", "shared_scales")),
-    3: (("recipe", "target"), ("shards", "component"), ("shards", "parts")),
+    3: (("recipe", "target"), ("recipe", "merged_loras"), ("shards", "component"), ("shards", "parts")),
 }
 
 
@@ -35,6 +35,22 @@ class RecordedSource(Brief):
     repo: str | None
     commit: str | None
     pipeline: str | None
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class RecordedLora(Brief):
+    """A LoRA that was merged: digests of its file and of the adapter_config.json beside it, and how it was scaled.
+
+    component: the DiT that was named for it, None where that was left to its names.
+    """
+
+    sha256: str
+    config_sha256: str | None
+    scale: float
+    component: str | None
+
+    def __str__(self) -> str:
+        return f"the LoRA {self.sha256:.12} at scale {self.scale:g}{f' in {self.component}' if self.component else ''}"
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -52,6 +68,7 @@ class RecordedRecipe(Brief):
     max_shard_size: int | None = None
     target: str = "native"
     input_scales_sha256: str | None
+    merged_loras: tuple[RecordedLora, ...] = ()
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from ..format.header import TensorInfo
 from ..format.layout import SCHEME_CHANNEL, SOURCE_DTYPES, STORAGE, WEIGHT, Block, WeightFormat
@@ -18,6 +19,9 @@ from ..telling.errors import ConvertError
 from ..telling.notebook import Brief
 from .manifest import ComponentRules, FusionGroup
 from .pattern import closest, matches
+
+if TYPE_CHECKING:
+    from .lora import LowRank
 
 # What --compact stores linears in: the block that every reader of block scales knows.
 STORAGE_FORMAT = WeightFormat(STORAGE, (128, 128))
@@ -62,10 +66,11 @@ class Decision(Brief):
 
 @dataclass(frozen=True, repr=False)
 class PlannedTensor(Brief):
-    """A source tensor and its decision."""
+    """A source tensor and its decision. merges: what LoRAs add to it first, one after the other."""
 
     info: TensorInfo
     decision: Decision
+    merges: tuple[LowRank, ...] = ()
 
     @property
     def module(self) -> str:

@@ -21,6 +21,7 @@ from .coverage import integer_note, kept_note, nothing_converted, too_little, un
 from .decide import STORAGE_FORMAT, PlannedTensor, check_patterns, decide, expand_aliases, keep_all
 from .manifest import ComponentRules, Rule
 from .matching import Match, components_of, match_entries, match_tables, refuse_problems, why_unmatched
+from .merges import with_merges
 from .plan import ComponentPlan, Plan
 from .recipe import Recipe
 from .refused import PlanRefusedError
@@ -50,6 +51,9 @@ def make_plan(snapshot: Snapshot, recipe: Recipe, memory: Memory = MEMORY) -> Pl
     notes += _coverage_notes(snapshot, recipe, chosen, decisions, problems)
     if refusal is None:
         decisions = _with_input_scales(decisions, recipe)
+    if refusal is None and recipe.loras:
+        decisions, merged = with_merges(decisions, snapshot, recipe, [n for n, rules in chosen.items() if rules])
+        notes += merged
     components = tuple(
         plan_component(c, chosen[c.name], decisions[c.name], recipe, maps.get(c.name), memory, snapshot.components)
         for c in snapshot.components

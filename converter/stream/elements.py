@@ -36,6 +36,11 @@ def finite(amax: float, tensor: PlannedTensor, where: str) -> float:
 
 def not_finite(tensor: PlannedTensor, where: str) -> ConvertError:
     """The error for a weight with NaN or Inf."""
+    if tensor.merges:
+        return ConvertError(
+            f"{tensor.info.name} in {where} holds NaN or Inf once its LoRA is merged; check the weight, or give "
+            "the LoRA a smaller scale."
+        )
     # --ignored-layers reaches the DiTs alone; any other component can only be left out whole.
     keep = f"keep its layer with --ignored-layers {tensor.module}"
     if tensor.decision.mode != W8A8:
