@@ -150,7 +150,8 @@ def convert(
     weight_block_size: (rows, columns) of a scale's block in the DiT; None is the manifest's choice (per tensor).
     activation_scheme: "dynamic", or "static" with input_scales, a safetensors file of `NAME.input_scale` scalars.
     max_shard_size: cuts larger output files, as in diffusers: bytes or such as "5GB"; None keeps the source's shards.
-    target: who is to read the output: "native" (this project's loader), "vllm-omni", "sglang" or "comfyui".
+    target: who is to read the output: "native" (this project's loader), "vllm-omni", "sglang", or "comfyui" (one file a
+    component, for ComfyUI's folders).
     merge_lora: LoRAs to add to the weights first: each "[COMPONENT=]FILE.safetensors[:SCALE]", or file and scale.
     device: "cpu", "cuda" or "auto"; the bytes are the same. workers: CPU threads for the arithmetic.
     stream: for a Hub id, download shard by shard beside the conversion and keep none; needs room for two.

@@ -78,9 +78,9 @@ def _component_json(component: ComponentPlan) -> dict[str, Any]:
         "shards": [
             {
                 "source": s.source.path,
-                "paths": [file.path for file in s.files],
+                "paths": [file.path for file in s.files or component.files],
                 "bytes_before": s.source.size,
-                "bytes_after": s.size,
+                "bytes_after": s.size or sum(t.bytes_after for t in s.tensors),
                 "tensors": [_tensor_json(t) for t in s.tensors],
             }
             for s in component.shards

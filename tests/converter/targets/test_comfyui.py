@@ -287,6 +287,23 @@ def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
         convert(source, tmp_path / "out")
 
 
+def test_a_finished_folder_is_shown_while_it_is_replaced(outputs: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = copied(outputs("z_image"), tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        convert(
+            saved("z_image"), folder, target="comfyui", compact=True, force=True, progress=Stop(saved("z_image"), 0.97)
+        )
+    inspection = inspect(folder)
+    assert inspection.ok
+    assert str(inspection.unfinished) == "unfinished, 2 of 3 shards"
+    convert(saved("z_image"), folder, target="comfyui", compact=True, force=True)
+    assert verify(folder, source=saved("z_image")).ok
+    assert {p.name for p in folder.rglob("*") if p.is_file()} == {
+        *(Path(path).name for path in FILES["z_image"].values()),
+        "fp8_convert.json",
+    }
+
+
 # From the Hub, and of one component
 
 
