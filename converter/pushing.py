@@ -28,9 +28,9 @@ from .telling.quantities import byte_count, plural
 from .verification import require_finished, verify
 
 if TYPE_CHECKING:
-    from .output.uploading import Repository, Upload
+    from .output.uploading import Upload
 
-_RENEW = "delete it on the Hub and push again for a new one"
+_BY_HAND = "was written or edited by hand and stays as it is: delete it on the Hub and push again for a new one"
 
 
 @dataclass(frozen=True, repr=False)
@@ -103,7 +103,7 @@ def push(
     message: the commit's. dry_run: makes the card and the list of files, and no connection. quiet: no progress bars.
     Raises ConvertError for a snapshot that is not as it was written, and for a repository that holds something else.
     """
-    from .output.uploading import Repository, check_repo_name, former_files  # late: the Hub's client
+    from .output.uploading import Repository, check_repo_name, former_files, keeps_card  # late: the Hub's client
 
     root, progress = Path(path), progress or Silent()
     options = HubAccess(revision=revision, token=token, quiet=quiet)
@@ -117,40 +117,30 @@ def push(
     repository = Repository(repo, options, private=private)
     if (there := repository.look()) is not None:  # before the long work: what is there may not be replaced
         former_files(there, record)
-    _check_all(root, progress)
-    progress.say(f"uploading {byte_count(sum(file.size for file in record.files.values()))} to {repository.url} ...")
-    with bars_of_libraries(quiet=quiet):
-        return _push(root, record, repository, model_card(record, data, repository.repo), message, notes)
-
-
-def _push(
-    root: Path, record: Record, repository: Repository, card: bytes, message: str | None, notes: tuple[str, ...]
-) -> Push:
-    from .output.uploading import former_files, keeps_card
-
-    there = repository.prepare()
+    card = model_card(record, data, repository.repo)
     uploads = _uploads(root, record, card)
-    if keeps_card(there, _source_card(root, record)):
-        del uploads[layout.CARD]
-        notes = (
-            *notes,
-            f"{layout.CARD} of {repository.repo} was written or edited by hand and stays as it is: {_RENEW}",
-        )
-    obsolete = sorted(former_files(there, record) - uploads.keys() - {layout.CARD})
+    _check_all(root, progress)
+    progress.say(f"uploading {byte_count(sum(upload.size for upload in uploads.values()))} to {repository.url} ...")
     label = record.source.repo or record.source.pipeline or "a component"
     message = message or f"FP8 snapshot of {label} by fp8-convert {record.tool_version}"
-    commit = repository.commit(there, uploads, obsolete, message)
+    with bars_of_libraries(quiet=quiet):
+        there = repository.prepare()
+        if keeps_card(there, _source_card(root, record)):
+            del uploads[layout.CARD]
+            notes = (*notes, f"{layout.CARD} of {repository.repo} {_BY_HAND}")
+        obsolete = sorted(former_files(there, record) - uploads.keys() - {layout.CARD})
+        commit = repository.commit(there, uploads, obsolete, message)
     return Push(
-        str(root),
-        repository.repo,
-        repository.url,
-        repository.branch,
-        commit,
-        commit != there.commit,
-        {name: upload.size for name, upload in uploads.items()},
-        tuple(obsolete),
-        notes,
-        card.decode(),
+        path=str(root),
+        repo=repository.repo,
+        url=repository.url,
+        branch=repository.branch,
+        commit=commit,
+        changed=commit != there.commit,
+        files={name: upload.size for name, upload in uploads.items()},
+        deleted=tuple(obsolete),
+        notes=notes,
+        card=card.decode(),
     )
 
 
@@ -188,9 +178,10 @@ def _uploads(root: Path, record: Record, card: bytes) -> dict[str, Upload]:
     """What goes into the repository, by path there: the snapshot, its record, its card, the source's card elsewhere."""
     from .output.uploading import Upload
 
+    files = LocalFiles(root)
     uploads = {
         layout.SOURCE_CARD if name == layout.CARD else name: Upload(
-            root / place(root, record, name), entry.size, entry.sha256
+            files.open(place(root, record, name)), entry.size, entry.sha256
         )
         for name, entry in record.files.items()
     }
@@ -199,8 +190,9 @@ def _uploads(root: Path, record: Record, card: bytes) -> dict[str, Upload]:
             f"{root} has a {layout.SOURCE_CARD} of its source, where a push puts the source's {layout.CARD}; remove it "
             "from the source and convert again."
         )
-    own = root / layout.RECORD_FILE
-    uploads[layout.RECORD_FILE] = Upload(own, own.stat().st_size, sha256_at(own, layout.RECORD_FILE))
+    own = files.open(layout.RECORD_FILE)
+    digest = sha256_at(own.path, layout.RECORD_FILE)
+    uploads[layout.RECORD_FILE] = Upload(own, files.sizes()[layout.RECORD_FILE], digest)
     uploads[layout.CARD] = Upload(card, len(card), hashlib.sha256(card).hexdigest())
     return dict(sorted(uploads.items()))
 

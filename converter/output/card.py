@@ -99,7 +99,7 @@ def _metadata(record: Record, source_data: Mapping[str, Any]) -> dict[str, Any]:
     if source.repo is not None:
         data |= {"base_model": source.repo, "base_model_relation": "quantized"}
     if target != "comfyui":
-        data["library_name"] = "diffusers"
+        data["library_name"] = _library(record)
     data["tags"] = ["fp8", "fp8-convert", *([] if target == _NATIVE else [target])]
     return data
 
@@ -238,6 +238,13 @@ def _name(record: Record) -> str:
     if record.source.repo is not None:
         return PurePosixPath(record.source.repo).name
     return record.source.pipeline or next((c.class_ for c in record.components.values() if c.class_), "snapshot")
+
+
+def _library(record: Record) -> str:
+    """Whose classes load it: of a component on its own the name of its files tells."""
+    files = [PurePosixPath(path).name for path in record.shards]
+    alone = record.source.pipeline is None
+    return "transformers" if alone and all(name.startswith("model") for name in files) else "diffusers"
 
 
 def _label(name: str, component: RecordedComponent) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import BadRequestError, HfHubHTTPError, HFValidationError
@@ -20,6 +20,7 @@ from ..format import layout
 from ..format.record import Record, read_record
 from ..format.untrusted import check_text
 from ..snapshot.access import HubAccess
+from ..snapshot.files import SourceFile
 from ..snapshot.hub import LOG_IN, HubFiles, check_stored_token, redacted, translated
 from ..snapshot.snapshot import CONFIG, MODEL_INDEX
 from ..telling.errors import ConvertError, ResumableError, one_clause
@@ -32,7 +33,7 @@ _MODEL_FILES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx"
 class Upload:
     """A file to push: where its bytes are (the file, or they themselves), how many they are and their sha256."""
 
-    content: Path | bytes
+    content: SourceFile | bytes
     size: int
     sha256: str
 
@@ -86,16 +87,18 @@ class Repository:
 
         It is that of `files` where the Hub has all of it already.
         """
-        operations: list[CommitOperationAdd | CommitOperationDelete] = [
-            CommitOperationDelete(path, is_folder=False) for path in obsolete
-        ]
         with _answers(self.repo, self._options):
-            for path, upload in uploads.items():
-                operation = CommitOperationAdd(path, upload.content)
-                operation.upload_info.sha256 = bytes.fromhex(upload.sha256)  # known: the client need not read it twice
-                operations.append(operation)
+            additions = [_addition(path, upload) for path, upload in uploads.items()]
+            self._api.preupload_lfs_files(self.repo, additions, revision=self.branch, free_memory=False)
+            for upload in uploads.values():  # hours may have passed since their digests were compared
+                if isinstance(upload.content, SourceFile):
+                    upload.content.check_unchanged()
             info = self._api.create_commit(
-                self.repo, operations, commit_message=message, revision=self.branch, parent_commit=files.commit
+                self.repo,
+                [*(CommitOperationDelete(path, is_folder=False) for path in obsolete), *additions],
+                commit_message=message,
+                revision=self.branch,
+                parent_commit=files.commit,
             )
         self._check(str(info.oid), uploads)
         return str(info.oid)
@@ -110,6 +113,12 @@ class Repository:
                     f"The Hub took the commit {commit[:12]} of {self.repo}, but {path} is not in it as it was sent; "
                     "look at the repository's .gitignore and push again."
                 )
+
+
+def _addition(path: str, upload: Upload) -> CommitOperationAdd:
+    operation = CommitOperationAdd(path, upload.content if isinstance(upload.content, bytes) else upload.content.path)
+    operation.upload_info.sha256 = bytes.fromhex(upload.sha256)  # known: the client need not read the file for it
+    return operation
 
 
 def check_repo_name(repo: str) -> None:
@@ -145,7 +154,9 @@ def former_files(files: HubFiles, record: Record) -> set[str]:
             f"What {files.label} holds cannot be told, since its record cannot be read; push to another repository, or "
             f"delete {layout.RECORD_FILE} and the weights there."
         ) from error
-    was, now = (r.source.repo or r.source.pipeline or str(r.classes) for r in (former, record))
+    was, now = former.source.repo, record.source.repo
+    if was is None or now is None:  # of a folder only the classes are known
+        was, now = (r.source.pipeline or str(r.classes) for r in (former, record))
     if was != now:
         raise ConvertError(
             f"{files.label} holds the FP8 snapshot of {was!r:.80}, and this is one of {now!r:.80}; give another "

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -203,6 +207,36 @@ def test_an_upload_that_broke_off_goes_on(hub: HubServer, out: Path, tmp_path: P
     assert verify(snapshot_download(REPO)).ok
 
 
+def test_a_signal_stops_it_and_leaves_the_branch_alone(hub: HubServer, out: Path, tmp_path: Path) -> None:
+    digest = json.loads((out / RECORD).read_text())["files"][DIT]["sha256"]
+    hub.faults.append(Fault("status", match=digest, method="PUT", times=None))  # the client tries again and again
+    command = [sys.executable, "-c", "from fp8_convert.converter.cli import main; main()", "push", str(out), REPO]
+    environment = hub.client_env(tmp_path / "home") | {"HF_TOKEN": TOKEN}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    while not hub.faults[0].hits:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate()[1]
+    assert process.returncode == 130
+    assert said.endswith("stopped; run the same command again; what the Hub has is not sent twice.\n")
+    assert hub.messages == []
+    hub.faults.clear()
+    assert push(out, REPO).changed
+
+
+def test_a_file_that_changes_while_it_goes_up(
+    hub: HubServer, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied(out, tmp_path / "changing")
+    monkeypatch.setattr(time, "sleep", lambda _seconds: os.utime(folder / DIT))  # while the client waits to try again
+    digest = json.loads((out / RECORD).read_text())["files"][DIT]["sha256"]
+    hub.faults.append(Fault("status", match=digest, method="PUT"))
+    with pytest.raises(ResumableError, match=f"{DIT} changed while it was read; run again"):
+        push(folder, REPO)
+    assert hub.messages == []
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -327,8 +361,19 @@ def test_a_repository_with_something_else(
 def test_a_repository_with_a_snapshot_of_another_model(hub: HubServer, out: Path, tmp_path: Path) -> None:
     convert(saved("wan22"), tmp_path / "wan")
     push(tmp_path / "wan", REPO)
-    with pytest.raises(ConvertError, match=r"holds the FP8 snapshot of 'WanPipeline', and this is one of 'Tongyi"):
+    with pytest.raises(ConvertError, match=r"holds the FP8 snapshot of 'WanPipeline', and this is one of 'ZImageP"):
         push(out, REPO)
+
+
+def test_a_repository_with_a_snapshot_of_another_repository(
+    hub: HubServer, out: Path, source: Path, tmp_path: Path, converted: Path
+) -> None:
+    hub.add_repo("others/Z-Image", source)
+    convert("others/Z-Image", tmp_path / "other")
+    push(tmp_path / "other", REPO)
+    with pytest.raises(ConvertError, match=r"holds the FP8 snapshot of 'others/Z-Image', and this is one of 'Tongyi"):
+        push(out, REPO)
+    assert push(converted, REPO).changed  # of a folder nobody knows which repository it was
 
 
 def test_no_token(hub: HubServer, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

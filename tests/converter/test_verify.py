@@ -165,6 +165,21 @@ def test_added_folder(spoilt: Path, folder: str) -> None:
     assert findings(spoilt) == [(f"{folder}/", "is not in the record (2 files)")]
 
 
+def test_what_the_hub_adds_to_a_download(spoilt: Path) -> None:
+    for name in (".gitattributes", ".cache/huggingface/.gitignore", "README.md"):
+        (spoilt / name).parent.mkdir(parents=True, exist_ok=True)
+        (spoilt / name).write_text("x")
+    found = verify(spoilt)
+    assert found.ok
+    assert found.notes == ("README.md is not checked: it was written after the conversion, to present the snapshot",)
+    (spoilt / "transformer" / ".gitattributes").write_text("x")
+    (spoilt / ".cache" / "module.py").write_text("x")
+    assert findings(spoilt) == [
+        (".cache/", "is not in the record (2 files)"),
+        ("transformer/.gitattributes", "is not in the record"),
+    ]
+
+
 def test_added_links(spoilt: Path, tmp_path: Path) -> None:
     """A dangling one, one to a folder, and one that leads back into the snapshot."""
     (tmp_path / "elsewhere").mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,6 +113,13 @@ def test_a_folder_is_no_base_model(record: Record) -> None:
     assert "Weights of a folder with QwenImagePipeline" in text
 
 
+def test_a_component_on_its_own_names_its_library(record: Record) -> None:
+    alone = replace(record, source=replace(record.source, pipeline=None))
+    for folder, library in (("text_encoder", "transformers"), ("transformer", "diffusers")):
+        shards = {path: shard for path, shard in alone.shards.items() if path.startswith(f"{folder}/")}
+        assert head(card(replace(alone, shards=shards)))["library_name"] == library
+
+
 # The text
 
 
@@ -151,6 +159,15 @@ def test_every_setting_is_in_it(record: Record) -> None:
     for field in fields(record.recipe):
         assert f"\n| `{field.name}` | " in text
     assert f"| `manifest_sha256` | `{record.recipe.manifest_sha256}` |" in text
+
+
+@pytest.mark.parametrize(
+    "folder", sorted((Path(__file__).parents[2] / "released").glob("format-*")), ids=lambda f: f.name
+)
+def test_snapshots_of_every_format_have_a_card(folder: Path) -> None:
+    found = load_record(folder)
+    assert found is not None
+    assert found.record_sha256 in card(found)
 
 
 def test_it_claims_no_quality(record: Record) -> None:
