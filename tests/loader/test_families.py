@@ -175,6 +175,5 @@ def test_a_family_converts_loads_and_runs(name: str, tmp_path: Path) -> None:
     exact, ours = output_of(plain, name), output_of(loaded, name)
     assert torch.isfinite(ours).all()
     stored = output_of(dequantised(loaded, plain), name)
-    # What the weights' rounding costs, and what that of the activations adds: a wrong scale costs all.
-    assert (stored - exact).norm() / exact.norm() < 0.1
-    assert (ours - stored).norm() / stored.norm() < 0.1
+    assert (stored - exact).norm() / exact.norm() < 0.1  # what rounding the weights costs
+    assert torch.equal(ours, stored)  # on a CPU without FP8 products it is the same arithmetic: no scale is missed
