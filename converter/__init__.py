@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .conversion import Result, convert, plan_conversion
+    from .dequantization import Dequantized, dequantize
     from .inspection import Inspection, inspect
     from .plan.manifest import Manifest, load_manifest
     from .plan.manifest_check import ManifestCheck, check_manifest
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "ConvertError": "telling.errors",
+    "Dequantized": "dequantization",
     "Fp8Error": "telling.errors",
     "HubAccess": "snapshot.access",
     "Inspection": "inspection",
@@ -30,6 +32,7 @@ _MODULES = {
     "Verification": "verification",
     "check_manifest": "plan.manifest_check",
     "convert": "conversion",
+    "dequantize": "dequantization",
     "inspect": "inspection",
     "load_manifest": "plan.manifest",
     "plan_conversion": "conversion",
@@ -38,6 +41,7 @@ _MODULES = {
 
 __all__ = [
     "ConvertError",
+    "Dequantized",
     "Fp8Error",
     "HubAccess",
     "Inspection",
@@ -50,6 +54,7 @@ __all__ = [
     "Verification",
     "check_manifest",
     "convert",
+    "dequantize",
     "inspect",
     "load_manifest",
     "plan_conversion",

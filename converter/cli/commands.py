@@ -23,7 +23,7 @@ from .stopping import Stopping
 # What a command does is imported in it: PyTorch takes seconds, and help and first words should not.
 
 F = TypeVar("F", bound=Callable[..., Any])
-_COMMANDS = ("convert", "inspect", "verify", "manifests", "demo")
+_COMMANDS = ("convert", "inspect", "verify", "dequantize", "manifests", "demo")
 
 
 class Commands(DefaultGroup):  # type: ignore[misc]
@@ -241,6 +241,35 @@ def verify_command(
         click.echo(json.dumps(found.to_json(), indent=2) if as_json else render_verification(found))
         if not found.ok:
             sys.exit(1)
+
+
+@main.command("dequantize")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write the plain snapshot to."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16"]),
+    default="bfloat16",
+    show_default=True,
+    help="Of the weights that are FP8; the others stay as they are.",
+)
+@_json_option
+@_quiet_option
+def dequantize_command(path: Path, output: Path, dtype: str, as_json: bool, quiet: bool) -> None:
+    """Write an FP8 snapshot with plain weights, as stock diffusers and transformers load it.
+
+    \b
+    Example:
+      fp8-convert dequantize qwen-image-fp8 -o qwen-image-bf16
+    """
+    with _errors("run the same command again to resume") as stopping, _progress(stopping, quiet) as progress:
+        from .. import dequantize
+
+        result = dequantize(path, output, dtype=dtype, progress=progress)
+        progress.close()
+        click.echo(json.dumps(result.to_json(), indent=2) if as_json else f"wrote {result.summary}")
 
 
 @main.group("manifests", invoke_without_command=True)
