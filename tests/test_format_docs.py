@@ -91,7 +91,11 @@ def test_the_config(snapshot: Path) -> None:
 
 def test_the_metadata(snapshot: Path) -> None:
     example = layout.decode_modules({layout.METADATA_KEY: fence("json metadata")})
-    assert {(how.mode, how.block) for how in example.values()} == {("w8a8", None), ("storage", (128, 128))}
+    assert {(how.mode, how.scheme) for how in example.values()} == {
+        ("w8a8", "tensor"),
+        ("w8a8", "channel"),
+        ("storage", "block128x128"),
+    }
     for shard in snapshot.rglob("*.safetensors"):
         with safe_open(shard, "pt") as opened:
             modules = layout.decode_modules(opened.metadata() or {})

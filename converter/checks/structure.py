@@ -134,7 +134,8 @@ def _check_config(component: Component, modules: Mapping[str, layout.WeightForma
     formats = set(modules.values())
     blocks = {how.block for how in formats if how.block}
     methods = []
-    if plain := len(formats) <= 1 and all(built.kinds.get(m) == "Linear" for m in modules):
+    known = len(formats) <= 1 and not any(how.channel for how in formats)  # to readers of "fp8"
+    if plain := known and all(built.kinds.get(m) == "Linear" for m in modules):
         methods.append(layout.QUANT_METHOD)
     if not plain or all(how.mode == layout.STORAGE for how in formats):  # for a DiT "fp8" would mean W8A8
         methods.append(layout.QUANT_METHOD_NATIVE)

@@ -95,7 +95,9 @@ def _config(component: Component, rules: ComponentRules, shards: Sequence[ShardP
     fp8 = [t.decision for t in tensors if t.decision.fp8]
     formats = {d.format for d in fp8 if d.format is not None}
     # Other readers take an "fp8" component's linears for what its kind is run in: a DiT's for W8A8.
+    # Of a scale for each row they know nothing.
     native = len(formats) > 1 or any(d.kind != "Linear" or d.mode != rules.mode for d in fp8)
+    native = native or any(f.channel for f in formats)
     own = {f.block for f in formats if f.mode == rules.mode and f.block is not None}
     config = layout.quantization_config(
         native=native,

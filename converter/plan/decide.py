@@ -51,6 +51,11 @@ class Decision(Brief):
         return self.format.block if self.format else None
 
     @property
+    def per_tensor(self) -> bool:
+        """Whether it becomes FP8 with one scale, which it may share."""
+        return self.format is not None and self.format.per_tensor
+
+    @property
     def scheme(self) -> str | None:
         return self.format.scheme if self.format else None
 
@@ -210,7 +215,7 @@ def _make_groups_whole(
         for p in positions:
             tensor = decided[p]
             if not kept:
-                if tensor.decision.block is None and len(positions) > 1:
+                if tensor.decision.per_tensor and len(positions) > 1:
                     decided[p] = PlannedTensor(tensor.info, replace(tensor.decision, group=name))
             elif tensor.decision.fp8:
                 cause = kept[0]

@@ -126,17 +126,18 @@ def cut(extents: Iterable[tuple[int, int, int, int]], slot_bytes: int) -> list[S
 
 
 def scale_domain(tensor: PlannedTensor) -> str | None:
-    """What one per-tensor scale covers: the fusion group, else the tensor itself; None for blocks and kept ones."""
-    if not tensor.decision.fp8 or tensor.decision.block is not None:
+    """What one per-tensor scale covers: the fusion group, else the tensor itself; None without such a scale."""
+    if not tensor.decision.per_tensor:
         return None
     return tensor.decision.group or tensor.info.name
 
 
 def split_unit(tensor: PlannedTensor) -> int:
-    """Bytes at whose multiples a tensor may be split: a row of blocks, or an element."""
-    if tensor.decision.block is None:
+    """Bytes at whose multiples a tensor may be split: a row, a row of blocks, or an element."""
+    how = tensor.decision.format
+    if how is None or how.per_tensor:
         return tensor.info.itemsize
-    rows = min(tensor.decision.block[0], tensor.info.shape[0])
+    rows = min(how.block[0], tensor.info.shape[0]) if how.block else 1
     return rows * tensor.info.shape[1] * tensor.info.itemsize
 
 

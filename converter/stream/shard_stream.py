@@ -27,7 +27,7 @@ from ..snapshot.files import SourceFile
 from ..telling.errors import ResumableError
 from .elements import finite, not_finite, segment_bytes, typed
 from .engine import Engine
-from .quantize import amax, quantize_blocks, quantize_tensor, tensor_scale
+from .quantize import amax, quantize_blocks, quantize_rows, quantize_tensor, tensor_scale
 from .reading import Hasher, Span, SpanReader, open_for_reading, read_exactly
 
 
@@ -88,7 +88,7 @@ class _Pending:
         return self.work is None or self.work.done()
 
 
-_Rows = Future[tuple[torch.Tensor, np.ndarray, bool]]  # what quantize_blocks gives for some rows of blocks
+_Rows = Future[tuple[torch.Tensor, np.ndarray, bool]]  # what quantize_rows or quantize_blocks gives for some rows
 
 
 class _ShardStream:
@@ -103,7 +103,7 @@ class _ShardStream:
         self.last = {d: i for i, t in enumerate(shard.tensors) if (d := scale_domain(t)) is not None}
         self.scales = {domain: tensor_scale(amaxes[domain]) for domain in self.schedule.measured}
         self.unscaled: dict[str, list[_Unscaled]] = {}
-        self.rows: list[_Rows] = []  # of the block weight that is being read
+        self.rows: list[_Rows] = []  # of the weight that is being read, if its scales are of rows or blocks
         self.pending: deque[_Pending] = deque()
 
     # The two kinds of shard
@@ -206,18 +206,18 @@ class _ShardStream:
             self._append_scales(tensor, lambda: _bytes(np.array(scale)))
 
     def _take_rows(self, segment: Segment, tensor: PlannedTensor, x: torch.Tensor, span: Span | None) -> None:
-        """Some rows of blocks: their scales come with their codes, and are handed out behind the last of them."""
-        assert tensor.decision.block is not None
-        rows = x.view(-1, tensor.info.shape[1])
-        quantized = self.engine.submit(partial(quantize_blocks, rows, tensor.decision.block, _in_place(x)))
+        """Some rows, of blocks or not: their scales come with their codes, and are handed out behind the last."""
+        rows, block = x.view(-1, tensor.info.shape[1]), tensor.decision.block
+        work = partial(quantize_rows, rows) if block is None else partial(quantize_blocks, rows, block)
+        quantized = self.engine.submit(partial(work, out=_in_place(x)))
         self.rows.append(quantized)
         offset = segment.start // tensor.info.itemsize
         self.pending.append(_Pending(tensor.info.name, offset, lambda: quantized.result()[0], quantized, span))
         if segment.stop == tensor.info.nbytes:
-            self._append_scales(tensor, partial(self._block_scales, tensor, self.rows))
+            self._append_scales(tensor, partial(self._scales_of_rows, tensor, self.rows))
             self.rows = []
 
-    def _block_scales(self, tensor: PlannedTensor, rows: Sequence[_Rows]) -> torch.Tensor:
+    def _scales_of_rows(self, tensor: PlannedTensor, rows: Sequence[_Rows]) -> torch.Tensor:
         results = [row.result() for row in rows]  # all done: their codes stand before this chunk
         if not all(ok for _, _, ok in results):
             raise not_finite(tensor, self.shard.source.path)

@@ -600,7 +600,7 @@ def test_block_scales_for_what_has_no_rows(tmp_path: Path) -> None:
     reseal(tmp_path / "out")
     problems = {problem for path, problem in findings(tmp_path / "out") if path.endswith(".safetensors")}
     assert len(problems) == len(names)
-    assert all(problem.endswith("and block scales are for two dimensions") for problem in problems)
+    assert all(problem.endswith("and scales of rows or blocks are for two dimensions") for problem in problems)
 
 
 def test_forged_input_scale(static: Path) -> None:
