@@ -16,9 +16,9 @@ import fp8_convert
 
 PACKAGE = Path(fp8_convert.__file__).parent
 # Each may import those before it, and modules of its own floor.
-FLOORS = ("telling", "format", "snapshot", "plan", "stream", "output", "checks", "doors", "cli")
+FLOORS = ("telling", "format", "snapshot", "targets", "plan", "stream", "output", "checks", "doors", "cli")
 # Modules at the converter's root.
-DOORS = ("conversion", "verification", "inspection", "dequantization", "finished", "tiny")
+DOORS = ("conversion", "verification", "inspection", "dequantization", "importing", "finished", "tiny")
 
 Imports = Mapping[str, Mapping[str, int]]
 """{module: {imported module: line}}, by dotted names below fp8_convert."""
