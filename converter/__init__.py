@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .conversion import Result, convert, plan_conversion
     from .dequantization import Dequantized, dequantize
+    from .importing import import_checkpoint, plan_import_checkpoint
     from .inspection import Inspection, inspect
     from .plan.manifest import Manifest, load_manifest
     from .plan.manifest_check import ManifestCheck, check_manifest
@@ -33,9 +34,11 @@ _MODULES = {
     "check_manifest": "plan.manifest_check",
     "convert": "conversion",
     "dequantize": "dequantization",
+    "import_checkpoint": "importing",
     "inspect": "inspection",
     "load_manifest": "plan.manifest",
     "plan_conversion": "conversion",
+    "plan_import_checkpoint": "importing",
     "verify": "verification",
 }
 
@@ -55,9 +58,11 @@ __all__ = [
     "check_manifest",
     "convert",
     "dequantize",
+    "import_checkpoint",
     "inspect",
     "load_manifest",
     "plan_conversion",
+    "plan_import_checkpoint",
     "verify",
 ]
 

@@ -158,7 +158,7 @@ def _notes(record: Record | None, dtype: str) -> list[str]:
     others: dict[str, int] = {}
     for decision in decisions:
         for source, count in decision.dtypes.items():
-            if source != dtype:
+            if source != dtype and source in layout.SOURCE_DTYPES:
                 others[source] = others.get(source, 0) + count
     return [
         f"{plural(count, 'weight')} had the dtype {source} before {'it was' if count == 1 else 'they were'} converted: "
