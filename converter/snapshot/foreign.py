@@ -104,7 +104,8 @@ class _Scales:
         info, shard = self._tensors[name]
         if info.numel != 1:
             raise ConvertError(f"{name} in {shard.path} has the shape {list(info.shape)}; one scale can be imported.")
-        return float(self._values(name)[0])
+        value = float(self._values(name)[0])
+        return None if value == 1 and not name.endswith(INPUT_SCALE) else value  # ComfyUI's older layout: none
 
     def _values(self, name: str) -> Any:
         info, shard = self._tensors[name]
