@@ -53,7 +53,7 @@ def plan_import(snapshot: Snapshot, adopted: Mapping[str, Adopted], recipe: Reci
     static, notes = _activations(decided)
     decided = {name: _with_activations(d, static) for name, d in decided.items()}
     recipe = replace(recipe, activation_scheme="static" if static else "dynamic")
-    components = tuple(_component(c, decided.get(c.name), recipe) for c in snapshot.components)
+    components = tuple(_component(c, decided.get(c.name), recipe, snapshot.components) for c in snapshot.components)
     files = json_files(components)
     others = [path for path in snapshot.sidecars if path.rpartition("/")[2] in _OTHERS_CONFIGS]
     left_out = {*files, *others, layout.RECORD_FILE}
@@ -68,11 +68,13 @@ def plan_import(snapshot: Snapshot, adopted: Mapping[str, Adopted], recipe: Reci
     return Plan(snapshot, recipe, components, files, sidecars, tuple(notes))
 
 
-def _component(component: Component, decided: _Decided | None, recipe: Recipe) -> ComponentPlan:
+def _component(
+    component: Component, decided: _Decided | None, recipe: Recipe, components: Sequence[Component]
+) -> ComponentPlan:
     if decided is None:
         kept = keep_all(component.tensors, "component", "not imported: copied as it is")
-        return plan_component(component, None, {t.info.name: t for t in kept}, recipe, None, MEMORY)
-    planned = plan_component(component, decided.rules, decided.tensors, recipe, None, MEMORY)
+        return plan_component(component, None, {t.info.name: t for t in kept}, recipe, None, MEMORY, components)
+    planned = plan_component(component, decided.rules, decided.tensors, recipe, None, MEMORY, components)
     config = planned.config
     if config is None and layout.CONFIG_KEY in component.config:  # that of the other tool
         config = {key: value for key, value in component.config.items() if key != layout.CONFIG_KEY}

@@ -11,28 +11,12 @@ from dataclasses import dataclass
 
 from ..format import layout
 from ..format.header import DTYPE_BITS, TensorInfo, encode_header
+from ..targets.comfyui import Extra
 from ..targets.key_map import KeyMap, Original
 from ..telling.errors import ConvertError
 from ..telling.notebook import Brief
 from .decide import PlannedTensor
 from .sharding import OutputFile
-
-
-@dataclass(frozen=True)
-class Extra:
-    """A tensor that no component has: bytes of its own, or those of a file of the source."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: str | None = None
-
-    @property
-    def nbytes(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * DTYPE_BITS[self.dtype] // 8
 
 
 @dataclass(frozen=True, repr=False)
@@ -46,6 +30,10 @@ class SingleFile(Brief):
     file: OutputFile
     places: Mapping[str, int]
     extras: tuple[Extra, ...] = ()
+
+    def start_of(self, extra: Extra) -> int:
+        """Where an extra tensor begins in the data section."""
+        return next(t.start for t in self.file.outputs if t.name == extra.name)
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class Snapshot(Brief):
 
     base_repo, base_commit: of the Hub repository that lent an imported checkpoint all but its weights.
     sidecars: bytes of the files to carry over as they are, weights and indices excluded, by path. remarks: sentences on
-    what is unusual in it, for the user.
+    what is unusual in it, for the user. single_files: it was written for a reader of single files, without configs.
     """
 
     label: str
@@ -86,6 +86,7 @@ class Snapshot(Brief):
     remarks: tuple[str, ...] = ()
     base_repo: str | None = None
     base_commit: str | None = None
+    single_files: bool = False
 
     @property
     def classes(self) -> dict[str, str | None]:

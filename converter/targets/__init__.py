@@ -1,1 +1,1 @@
-"""Readers that a snapshot is written for: what each of them finds, under which names, and in which files."""
+"""Programs that read converted snapshots: which components each takes in FP8, in which scheme, under which names."""

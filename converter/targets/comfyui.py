@@ -9,11 +9,17 @@ Weights that are to be multiplied in the compute dtype have `full_precision_matr
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from ..format.layout import STORAGE, WeightFormat
+from ..format.header import DTYPE_BITS
+from ..format.layout import STORAGE, Block, WeightFormat
+from ..snapshot.snapshot import Component
+from .key_maps import key_map, mapped_classes
+from .target import Layer, Target
 
 METADATA_KEY = "_quantization_metadata"
 FORMAT_VERSION = "1.0"
@@ -26,6 +32,64 @@ FOLDERS = (DIFFUSION_MODELS, TEXT_ENCODERS, VAE)
 # Tensors that ComfyUI looks for and that no component of diffusers has.
 SENTENCE_PIECE = "spiece_model"  # UMT5's tokenizer, whose file is inside the text encoder's
 TIMESTEP_ZERO = "__index_timestep_zero__"  # empty; says that reference images are at time step 0
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A tensor that no component has. file: the file of the source whose bytes it is, None for an empty one."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+
+class Comfyui(Target):
+    name = "comfyui"
+    readers = "ComfyUI"
+    single_files = True
+
+    def settings_problem(self, *, compact: bool, block: Block | None) -> str | None:
+        if block is not None:
+            return "ComfyUI reads one scale per tensor; drop --weight-block-size."
+        return None
+
+    def why_kept(self, component: Component, components: Sequence[Component]) -> str | None:
+        if folder_of(component.class_name or "") == VAE:
+            return "ComfyUI has FP8 for linear layers alone"
+        return None
+
+    def block(self, component: Component, block: Block | None) -> Block | None:
+        return None
+
+    def problems(
+        self, component: Component, layers: Sequence[Layer], ignored: Collection[str], components: Sequence[Component]
+    ) -> Iterator[str]:
+        if key_map(component.class_name, component.config) is None:
+            known = ", ".join(mapped_classes())
+            yield f"the names in ComfyUI of {component.class_name} are not known to this version, which knows {known}"
+        for layer in layers:
+            if layer.format is not None and layer.kind != "Linear":
+                yield f"{layer.name} is a {layer.kind}, and ComfyUI has FP8 for linear layers alone"
+
+
+def extras_of(component: Component, sidecars: Mapping[str, int]) -> tuple[Extra, ...]:
+    """The tensors that ComfyUI looks for beside a component's own. sidecars: the files of the source, with sizes.
+
+    Raises LookupError with a clause where one cannot be had.
+    """
+    if component.class_name == "UMT5EncoderModel":
+        path = f"{component.name.replace('text_encoder', 'tokenizer')}/spiece.model"
+        if path not in sidecars:
+            raise LookupError(f"ComfyUI reads the tokenizer {path} from its file, and the source has none")
+        return (Extra(SENTENCE_PIECE, "U8", (sidecars[path],), path),)
+    if component.class_name == "QwenImageTransformer2DModel" and component.config.get("zero_cond_t"):
+        return (Extra(TIMESTEP_ZERO, "F32", (0,)),)
+    return ()
 
 
 def folder_of(class_name: str) -> str:

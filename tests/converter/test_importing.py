@@ -1,4 +1,4 @@
-"""Checkpoints of other tools, end to end: codes byte for byte, numbers as their own readers have them, run and saved."""
+"""Checkpoints of other tools, end to end: codes byte for byte, and numbers as their own readers have them."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 from pathlib import Path
 
@@ -16,7 +17,7 @@ CUTS = (0, 1, 4096, 4097, 9_999, 10_000)
 
 
 def pieces() -> list[tuple[int, bytes]]:
-    return [(start, DATA[start:stop]) for start, stop in zip(CUTS, CUTS[1:], strict=False)]
+    return [(start, DATA[start:stop]) for start, stop in itertools.pairwise(CUTS)]
 
 
 def test_any_order_gives_the_file(tmp_path: Path) -> None:
