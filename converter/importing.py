@@ -18,7 +18,7 @@ from .plan.recipe import Recipe
 from .snapshot.access import HubAccess
 from .snapshot.describing import describe
 from .snapshot.files import LocalFiles, read_json
-from .snapshot.foreign import read_foreign
+from .snapshot.foreign import Foreign, read_foreign
 from .snapshot.locate import fetch, open_files
 from .snapshot.overlay import OverlayFiles
 from .snapshot.snapshot import CONFIG, MODEL_INDEX, Component, Shard, Snapshot
@@ -154,32 +154,67 @@ def _with_adopted(snapshot: Snapshot, adopted: dict[str, Adopted]) -> Snapshot:
     return replace(snapshot, components=tuple(components))
 
 
-# A checkpoint without a snapshot of its own
+# Checkpoints without a snapshot of their own
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """The files of one component, by the paths that they take. component: which one, None where that is to be found."""
+
+    paths: dict[str, Path]
+    component: str | None
 
 
 def _onto_base(source: Path, base: str | os.PathLike[str], component: str | None, access: HubAccess) -> _Found:
     base_files = open_files(base, access)
     snapshot = describe(base_files, variant=access.variant, allow_converted=True)
-    shards = _shards_of(source)
-    root = source if source.is_dir() else source.parent
-    paths = {name: root / name for name in shards}  # what the user names may be a link to anywhere
-    given = OverlayFiles(LocalFiles(root), paths, str(source))
-    read = _as_component(source, tuple(Shard(s, paths[s].stat().st_size, given.header(s)) for s in shards), given)
-    foreign = read_foreign(read, given)
-    if foreign is None or not foreign.scales:
+    adopted, paths = {}, dict[str, Path]()
+    for checkpoint in _checkpoints(source, component):
+        taken = _take(source, checkpoint, snapshot)
+        adopted[taken.component.name] = taken
+        paths |= checkpoint.paths
+    if not any(taken.scales for taken in adopted.values()):
         raise ConvertError(f"{source} has no FP8 weights; there is nothing to import.")
-    chosen = _choose(snapshot, component, real_shapes(read, foreign), source)
-    taken = adopt(foreign, read, chosen, _base_shapes(chosen))
-    others = replace(chosen, shards=(), index=None)  # of the base's own weights none is needed
-    rest = [others if c is chosen else c for c in snapshot.components]
+    # Of the base's own weights for these components none is needed.
+    rest = [replace(c, shards=(), index=None) if c.name in adopted else c for c in snapshot.components]
     here = fetch(replace(snapshot, components=tuple(rest)), base_files)
     files = OverlayFiles(here, paths, str(source))
-    adopted = _adopt_own([c for c in rest if c is not others], files)
-    adopted[chosen.name] = taken
+    adopted |= _adopt_own([c for c in rest if c.name not in adopted], files)
     snapshot = replace(
         snapshot, label=str(source), repo=None, commit=None, base_repo=base_files.repo, base_commit=base_files.commit
     )
     return _Found(_with_adopted(snapshot, adopted), files, adopted)
+
+
+def _checkpoints(source: Path, component: str | None) -> list[_Checkpoint]:
+    """What a file or folder holds: one component, or each that this project wrote as a single file of its own."""
+    if source.is_file() or not (source / layout.RECORD_FILE).is_file():
+        root = source if source.is_dir() else source.parent
+        return [_Checkpoint({name: root / name for name in _shards_of(source)}, component)]
+    written = describe(LocalFiles(source), allow_converted=True)
+    if not written.single_files:
+        raise ConvertError(f"{source} was converted by fp8-convert, and there is nothing to import.")
+    found = [
+        _Checkpoint({shard.path: source / shard.path for shard in c.shards}, c.name)
+        for c in written.components
+        if c.shards and component in (None, c.name)
+    ]
+    if not found:
+        names = ", ".join(c.name for c in written.components if c.shards)
+        raise ConvertError(f"{source} has no file of {component!r:.80}; it has those of {names}.")
+    return found
+
+
+def _take(source: Path, checkpoint: _Checkpoint, base: Snapshot) -> Adopted:
+    """A checkpoint as the component of the base that it is."""
+    root = source if source.is_dir() else source.parent
+    # What the user names may be a link to anywhere.
+    files = OverlayFiles(LocalFiles(root), checkpoint.paths, str(source))
+    shards = tuple(Shard(p, file.stat().st_size, files.header(p)) for p, file in checkpoint.paths.items())
+    read = _as_component(source, shards, files)
+    foreign = read_foreign(read, files) or Foreign("plain", {}, frozenset())
+    chosen = _choose(base, checkpoint.component, real_shapes(read, foreign), source)
+    return adopt(foreign, read, chosen, _base_shapes(chosen))
 
 
 def _shards_of(source: Path) -> list[str]:

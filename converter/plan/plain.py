@@ -86,8 +86,8 @@ def plan_plain(snapshot: Snapshot, record: Record | None, dtype: str) -> PlainPl
     """Plan the way back to plain weights in `dtype`, one of PLAIN_DTYPES. Raises ConvertError for what has none."""
     if snapshot.single_files:
         raise ConvertError(
-            f"{snapshot.label} holds single files for another reader; import them onto their model's snapshot first, or "
-            "dequantize a snapshot that was converted for load_pipeline."
+            f"{snapshot.label} holds single files for another reader; import them with `fp8-convert import` first, and "
+            "dequantize what that gives."
         )
     shards: list[PlainShard] = []
     files: dict[str, bytes] = {}

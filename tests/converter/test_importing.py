@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from foreign import WRITERS, Checkpoint
 from hub_server import running_hub
 from pipelines import copied, saved
+from reference import read_safetensors
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -418,3 +419,29 @@ def test_command(tmp_path: Path) -> None:
     assert CliRunner().invoke(main, arguments).exit_code == 2
     plan = plan_import_checkpoint(file, base=saved("z_image"))
     assert sum(t.decision.fp8 for c in plan.components for t in c.tensors) == len(linears(plain))
+
+
+@pytest.mark.parametrize("name", ["z_image", "qwen_image", "wan22"])
+def test_ours_to_comfyui_and_back(tmp_path: Path, name: str) -> None:
+    """Every code and every scale of a conversion per tensor comes back from ComfyUI's files with its bytes."""
+    convert(saved(name), tmp_path / "comfyui", target="comfyui")
+    convert(saved(name), tmp_path / "ours", components=_dits(name))
+    result = import_checkpoint(tmp_path / "comfyui", tmp_path / "back", base=saved(name))
+    assert verify(tmp_path / "back").ok
+    assert not any("differ in scale" in note for note in result.plan.notes)
+    for dit in _dits(name):
+        ours, back = (tmp_path / folder / dit / SHARD for folder in ("ours", "back"))
+        expected, given = read_safetensors(ours), read_safetensors(back)
+        assert given.keys() == expected.keys()
+        assert [n for n, tensor in expected.items() if tensor != given[n]] == []
+        configs = [json.loads((tmp_path / folder / dit / "config.json").read_text()) for folder in ("ours", "back")]
+        assert configs[0] == configs[1]
+        assert (
+            component_of(tmp_path / "ours", dit)["shared_scales"]
+            == component_of(tmp_path / "back", dit)["shared_scales"]
+        )
+    load_pipeline(tmp_path / "back", device="cpu")
+
+
+def _dits(name: str) -> list[str]:
+    return ["transformer", "transformer_2"] if name == "wan22" else ["transformer"]
