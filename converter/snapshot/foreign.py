@@ -9,6 +9,7 @@ config says only has to agree. What is none of these is refused by name.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,14 +29,14 @@ from .snapshot import Component, Shard
 COMFY_METADATA = "_quantization_metadata"
 _COMFY_QUANT, _SCALED_FP8 = ".comfy_quant", "scaled_fp8"
 _WEIGHT_SCALES = (WEIGHT_SCALE, WEIGHT_SCALE_INV, ".scale_weight")
-_INPUT_SCALES = (INPUT_SCALE, ".scale_input")
+_INPUT_SCALES = (INPUT_SCALE, ".scale_input", ".activation_scale")
 _DROPPED = (*_WEIGHT_SCALES, *_INPUT_SCALES, _COMFY_QUANT)
 _OTHER_CODES = {"F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "F6_E2M3", "F6_E3M2"}
 # Tensors of quantisations that FP8 codes under one scale cannot stand for.
 _REFUSED_SUFFIXES = (
     ".weight_packed", ".weight_shape", ".weight_zero_point", ".weight_scale_2", ".weight_g_idx", ".pre_quant_scale",
     ".input_zero_point", ".qweight", ".qzeros", ".SCB", ".absmax", ".quant_map", ".weight_format", ".smooth_scale",
-    "_qdata",
+    ".k_scale", ".v_scale", ".q_scale", ".output_scale", "_qdata",
 )  # fmt: skip
 _METHODS = {
     "fp8": "fp8", "fp8_convert": "fp8-convert", "modelopt": "ModelOpt", "compressed-tensors": "compressed-tensors",
@@ -65,7 +66,7 @@ def read_foreign(component: Component, files: LocalFiles) -> Foreign | None:
     config = component.config.get(layout.CONFIG_KEY)
     _refuse_others(component, files.label, config, [t for t, _ in tensors.values()])
     codes = [name for name, (tensor, _) in tensors.items() if tensor.dtype == CODES]
-    dropped = {name for name in tensors if name.endswith(_DROPPED) or name == _SCALED_FP8}
+    dropped = {name for name in tensors if name.endswith(_DROPPED) or _is_marker(name)}
     if not codes and not dropped and config is None:
         return None
     layers = _comfy_layers(component, files, tensors)
@@ -82,6 +83,11 @@ class _Scales:
 
     def __init__(self, files: LocalFiles, tensors: Mapping[str, tuple[TensorInfo, Shard]], block: Block | None) -> None:
         self._files, self._tensors, self._block = files, tensors, block
+        self._scale_like: dict[str, str] = {}  # by every module above it
+        for name in tensors:
+            path, _, last = name.rpartition(".")
+            if re.search("scale|amax", last) and not name.endswith(_DROPPED) and not _is_marker(name):
+                self._scale_like |= {path: name, path.rpartition(".")[0]: name}
 
     def scale_of(self, name: str) -> GivenScale:
         """What scales the codes `name`; a bare 1 where the file has nothing that does."""
@@ -91,11 +97,20 @@ class _Scales:
             raise ConvertError(f"{name} has two scales, {found[0]} and {found[1]}; download the file again.")
         weight, _ = self._tensors[name]
         if not found or not name.endswith(WEIGHT):
+            self._refuse_unknown_scale(name, module)
             return BARE
         info, shard = self._tensors[found[0]]
         where = f"{shard.path} of {self._files.label}"
         scale = fitted(self._values(found[0]), info, weight, self._block, where)
         return replace(scale, input_scale=self._input_scale(module))
+
+    def _refuse_unknown_scale(self, name: str, module: str) -> None:
+        """Raise ConvertError where something beside codes without a scale looks like one that is not understood."""
+        if other := self._scale_like.get(module):
+            raise ConvertError(
+                f"{name} holds FP8 codes, and {other} may be their scale in a layout that is not known; it cannot be "
+                "imported."
+            )
 
     def _input_scale(self, module: str) -> float | None:
         name = next((module + suffix for suffix in _INPUT_SCALES if module + suffix in self._tensors), None)
@@ -130,6 +145,11 @@ def read_tensor(files: LocalFiles, shard: Shard, info: TensorInfo) -> bytes:
     finally:
         os.close(fd)
     return bytes(data)
+
+
+def _is_marker(name: str) -> bool:
+    """Whether it is the tensor that marks files of ComfyUI's older layout, or one model's part of a file."""
+    return name.rpartition(".")[2] == _SCALED_FP8
 
 
 def _module(name: str) -> str:
@@ -188,7 +208,7 @@ def _refuse_orphans(
 ) -> None:
     """Scales and layers without codes: a file that was read wrong, or is not whole."""
     modules = {_module(name) for name in codes}
-    for name in sorted(dropped - {_SCALED_FP8}):
+    for name in sorted(name for name in dropped if not _is_marker(name)):
         module = next(name.removesuffix(s) for s in _DROPPED if name.endswith(s))
         if module not in modules and not name.endswith(_INPUT_SCALES):  # of layers that were left in BF16, too
             raise ConvertError(f"{name} of {component.label} scales no FP8 weight; download the file again.")
@@ -270,7 +290,7 @@ def _label(
         return _METHODS[config["quant_method"]]
     if layers:
         return "ComfyUI"
-    if _SCALED_FP8 in dropped or any(name.endswith(".scale_weight") for name in dropped):
+    if any(_is_marker(name) or name.endswith(".scale_weight") for name in dropped):
         return "ComfyUI scaled"
     if any(scale.channel for scale in scales.values()):
         return "scales of rows"

@@ -272,11 +272,6 @@ def test_again_is_already_done(tmp_path: Path) -> None:
 # What is refused
 
 
-def changed(made: Checkpoint, **changes: torch.Tensor) -> Checkpoint:
-    made.tensors |= {name.replace("__", "."): tensor for name, tensor in changes.items()}
-    return made
-
-
 Q = "layers.0.attention.to_q"
 
 
@@ -297,6 +292,7 @@ Q = "layers.0.attention.to_q"
         (f"{Q}.weight_zero_point", torch.tensor(1.0), "quantised in a way that cannot be imported"),
         (f"{Q}.weight_scale_2", torch.tensor(1.0), "quantised in a way that cannot be imported"),
         ("nothing.weight_scale", torch.tensor(1.0), "scales no FP8 weight"),
+        (f"{Q}.k_scale", torch.tensor(1.0), "quantised in a way that cannot be imported"),
     ],
 )  # fmt: skip
 def test_tensors_that_cannot_be_imported(tmp_path: Path, name: str, tensor: torch.Tensor, message: str) -> None:
@@ -341,6 +337,15 @@ def test_statements_that_do_not_fit(tmp_path: Path, statement: str, message: str
     made = foreign.comfyui(plain, linears(plain))
     made.metadata["_quantization_metadata"] = statement
     with pytest.raises(ConvertError, match=message):
+        import_checkpoint(as_folder(made, tmp_path / "source"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["scale", "weight_quantizer._amax", "weight._scale"])
+def test_scales_of_a_layout_that_is_not_known(tmp_path: Path, name: str) -> None:
+    """Codes under them would be garbage that loads."""
+    made = foreign.bare(weights(), ())
+    made.tensors[f"{Q}.{name}"] = torch.tensor(1.0)
+    with pytest.raises(ConvertError, match=rf"{Q}\.weight holds FP8 codes, and {Q}\.{name} may be their scale"):
         import_checkpoint(as_folder(made, tmp_path / "source"), tmp_path / "out")
 
 
