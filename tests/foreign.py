@@ -9,13 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pipelines import copied, saved
 from reference import decode
+from safetensors.torch import save_file
 from torch import Tensor
 
+_SHARD = "diffusion_pytorch_model.safetensors"
 E4M3 = torch.float8_e4m3fn
 _VALUES = torch.from_numpy(np.array([decode(code) for code in range(256)], np.float32))
 
@@ -172,6 +176,31 @@ WRITERS: dict[str, Writer] = {
     "scales of rows": channel,
     "scales of blocks": blocks,
 }
+
+
+def linears(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """Modules of the DiT's blocks that tools make FP8."""
+    blocks = ("layers.", "noise_refiner.", "context_refiner.", "transformer_blocks.", "blocks.")
+    return [
+        name.removesuffix(".weight")
+        for name, tensor in tensors.items()
+        if name.startswith(blocks) and name.endswith(".weight") and tensor.ndim == 2 and "mod" not in name.lower()
+    ]
+
+
+def as_file(made: Checkpoint, file: Path) -> Path:
+    save_file({n: t.contiguous() for n, t in made.tensors.items()}, file, made.metadata)
+    return file
+
+
+def as_folder(made: Checkpoint, folder: Path, name: str = "z_image", component: str = "transformer") -> Path:
+    """A pipeline's folder of which one component is the checkpoint."""
+    copied(saved(name), folder)
+    as_file(made, folder / component / _SHARD)
+    if made.config is not None:
+        config = json.loads((folder / component / "config.json").read_text())
+        (folder / component / "config.json").write_text(json.dumps(config | {"quantization_config": made.config}))
+    return folder
 
 
 def _per_tensor(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,9 @@ import foreign
 import pytest
 import torch
 from click.testing import CliRunner
-from foreign import WRITERS, Checkpoint
+from foreign import WRITERS, Checkpoint, as_file, as_folder, linears
 from hub_server import running_hub
-from pipelines import copied, saved
+from pipelines import saved
 from reference import read_safetensors
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -38,31 +38,6 @@ RECORD = "fp8_convert.json"
 
 def weights(name: str = "z_image", component: str = "transformer", file: str = SHARD) -> dict[str, torch.Tensor]:
     return load_file(saved(name) / component / file)
-
-
-def linears(tensors: dict[str, torch.Tensor]) -> list[str]:
-    """Modules of the DiT's blocks that tools make FP8."""
-    blocks = ("layers.", "noise_refiner.", "context_refiner.", "transformer_blocks.", "blocks.")
-    return [
-        name.removesuffix(".weight")
-        for name, tensor in tensors.items()
-        if name.startswith(blocks) and name.endswith(".weight") and tensor.ndim == 2 and "mod" not in name.lower()
-    ]
-
-
-def as_file(made: Checkpoint, file: Path) -> Path:
-    save_file({n: t.contiguous() for n, t in made.tensors.items()}, file, made.metadata)
-    return file
-
-
-def as_folder(made: Checkpoint, folder: Path, name: str = "z_image", component: str = "transformer") -> Path:
-    """A pipeline's folder of which one component is the checkpoint."""
-    copied(saved(name), folder)
-    as_file(made, folder / component / SHARD)
-    if made.config is not None:
-        config = json.loads((folder / component / "config.json").read_text())
-        (folder / component / "config.json").write_text(json.dumps(config | {"quantization_config": made.config}))
-    return folder
 
 
 def component_of(folder: Path, component: str = "transformer") -> dict[str, Any]:
