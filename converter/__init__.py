@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .conversion import Result, convert, plan_conversion
+    from .dequantization import Dequantized, dequantize
+    from .importing import import_checkpoint, plan_import_checkpoint
     from .inspection import Inspection, inspect
     from .plan.manifest import Manifest, load_manifest
     from .plan.manifest_check import ManifestCheck, check_manifest
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "ConvertError": "telling.errors",
+    "Dequantized": "dequantization",
     "Fp8Error": "telling.errors",
     "HubAccess": "snapshot.access",
     "Inspection": "inspection",
@@ -32,15 +35,19 @@ _MODULES = {
     "Verification": "verification",
     "check_manifest": "plan.manifest_check",
     "convert": "conversion",
+    "dequantize": "dequantization",
+    "import_checkpoint": "importing",
     "inspect": "inspection",
     "load_manifest": "plan.manifest",
     "plan_conversion": "conversion",
+    "plan_import_checkpoint": "importing",
     "push": "pushing",
     "verify": "verification",
 }
 
 __all__ = [
     "ConvertError",
+    "Dequantized",
     "Fp8Error",
     "HubAccess",
     "Inspection",
@@ -54,9 +61,12 @@ __all__ = [
     "Verification",
     "check_manifest",
     "convert",
+    "dequantize",
+    "import_checkpoint",
     "inspect",
     "load_manifest",
     "plan_conversion",
+    "plan_import_checkpoint",
     "push",
     "verify",
 ]

@@ -182,8 +182,8 @@ def convert_with(
     started = time.monotonic()
     files = open_files(source, access)
     plan = _plan(files, settings, access, progress)
-    _check_outside(output, source)
-    digest = None if work.force else _finished_already(plan, files, output, work.check, progress)
+    check_outside(output, source)
+    digest = None if work.force else finished_already(plan, files, output, work.check, progress)
     already, resumed = digest is not None, 0
     if digest is None:
         from .output.run import run
@@ -224,7 +224,7 @@ def peak_rss() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _finished_already(plan: Plan, files: Files, output: Path, check: bool, progress: Progress) -> str | None:
+def finished_already(plan: Plan, files: Files, output: Path, check: bool, progress: Progress) -> str | None:
     """The digest of the finished snapshot in `output`, if that is what `plan` gives; None if there is none.
 
     Raises ConvertError for a finished snapshot that is another one, or damaged.
@@ -256,7 +256,7 @@ def _headline(files: Files, manifest: str | None) -> str | None:
     return f"{files.label} ({where}), manifest {name}"
 
 
-def _check_outside(output: Path, source: str | os.PathLike[str]) -> None:
+def check_outside(output: Path, source: str | os.PathLike[str]) -> None:
     check_text(output, "The output folder")
     if not Path(source).is_dir():
         return

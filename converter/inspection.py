@@ -363,7 +363,7 @@ def _why(what: str, kind: str | None, dtype: str, record: RecordedComponent | No
     for d in record.decisions if record is not None else ():
         if (d.rule, d.kind) == ("component", None):  # kept as a whole, whatever is in it
             return d.why
-        if d.mode is None and d.kind == kind and dtype in d.dtypes:
+        if d.mode is None and d.kind == kind and dtype in d.dtypes and d.bytes_after:
             counts[d.rule] += d.dtypes[dtype]
     if counts:
         return "; ".join(f"{rule} ({count})" for rule, count in counts.items())

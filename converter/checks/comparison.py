@@ -75,6 +75,11 @@ def open_original(
             f"{root} has a record of the format {record.format}, which cannot be compared with a source; verify it "
             "without --source, or convert the source again."
         )
+    if imported := next((c.imported for c in record.components.values() if c.imported), None):
+        raise ConvertError(
+            f"{root} was imported (layout {imported:.80}), and an import is not compared with its source; verify it "
+            "without --source."
+        )
     stated_commit = record.source.commit
     by_record = options.revision is None and record.source.repo == os.fspath(source) and local_folder(source) is None
     if by_record and stated_commit is not None:

@@ -26,7 +26,7 @@ from .stopping import Stopping
 # What a command does is imported in it: PyTorch takes seconds, and help and first words should not.
 
 F = TypeVar("F", bound=Callable[..., Any])
-_COMMANDS = ("convert", "inspect", "verify", "push", "manifests", "demo")
+_COMMANDS = ("convert", "inspect", "verify", "push", "dequantize", "import", "manifests", "demo")
 
 
 class Commands(DefaultGroup):  # type: ignore[misc]
@@ -305,6 +305,73 @@ def push_command(path: Path, repo: str, as_json: bool, quiet: bool, **settings: 
             progress.say(f"note: {note}")
         progress.close()
         click.echo(json.dumps(pushed.to_json(), indent=2) if as_json else render_push(pushed))
+
+
+@main.command("dequantize")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write the plain snapshot to."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16"]),
+    default="bfloat16",
+    show_default=True,
+    help="Of the weights that are FP8; the others stay as they are.",
+)
+@_json_option
+@_quiet_option
+def dequantize_command(path: Path, output: Path, dtype: str, as_json: bool, quiet: bool) -> None:
+    """Write an FP8 snapshot with plain weights, as stock diffusers and transformers load it.
+
+    \b
+    Example:
+      fp8-convert dequantize qwen-image-fp8 -o qwen-image-bf16
+    """
+    with _errors("run the same command again to resume") as stopping, _progress(stopping, quiet) as progress:
+        from .. import dequantize
+
+        result = dequantize(path, output, dtype=dtype, progress=progress)
+        progress.close()
+        click.echo(json.dumps(result.to_json(), indent=2) if as_json else f"wrote {result.summary}")
+
+
+@main.command("import")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write the FP8 snapshot to.")
+@click.option("--base", metavar="FOLDER|HUB_ID", help="Snapshot that gives config, classes and other components.")
+@click.option("--component", metavar="NAME", help="Which of the base's components SOURCE is, if several fit.")
+@click.option("--manifest", metavar="NAME|PATH", help="Rules to use; by default chosen by repo id and class names.")
+@click.option("--dry-run", is_flag=True, help="Print the plan, from headers and scales alone.")
+@click.option("--force", is_flag=True, help="Replace a finished FP8 snapshot.")
+@_hub_options
+@_json_option
+@_quiet_option
+def import_command(
+    source: Path, output: Path | None, dry_run: bool, force: bool, as_json: bool, quiet: bool, **options: Any
+) -> None:
+    """Take over the FP8 weights of another tool's checkpoint: a .safetensors file or a folder.
+
+    \b
+    Example:
+      fp8-convert import qwen_image_fp8.safetensors --base Qwen/Qwen-Image -o qwen-image-fp8
+      fp8-convert import modelopt-pipeline -o out
+    """
+    if not dry_run and output is None:
+        raise click.UsageError("Name the output folder with -o, or pass --dry-run.")
+    with _errors("run the same command again to resume") as stopping, _progress(stopping, quiet) as progress:
+        from .. import import_checkpoint, plan_import_checkpoint
+        from .render import render_plan, render_result, terminal_width
+
+        if dry_run:
+            own = {name: options.pop(name) for name in ("base", "component", "manifest")}
+            plan = plan_import_checkpoint(source, **own, options=HubAccess(**options, quiet=quiet))
+            click.echo(json.dumps(plan.to_json(), indent=2) if as_json else render_plan(plan, terminal_width()))
+            return
+        assert output is not None
+        result = import_checkpoint(source, output, force=force, progress=progress, quiet=quiet, **options)
+        progress.close()
+        click.echo(json.dumps(result.to_json(), indent=2) if as_json else render_result(result))
 
 
 @main.group("manifests", invoke_without_command=True)

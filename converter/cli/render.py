@@ -42,7 +42,7 @@ def render_plan(plan: Plan, width: int | None = None) -> str:
         lines += ["", f"{component.source.label} ({component.source.class_name}): {change(before, after)}"]
         table = [["decision", "kind", "tensors", "params", "before", "after", "rule", "why"]]
         for row in rows(component):
-            decision = f"fp8 {row.mode} {row.scheme}" if row.mode else "kept"
+            decision = f"fp8 {row.mode} {row.scheme}" if row.mode else row.otherwise
             sizes = [byte_count(size) for size in (row.bytes_before, row.bytes_after)]
             numbers = [str(row.count), parameter_count(row.params), *sizes]
             table.append([decision, row.kind or "-", *numbers, row.rule, row.why])

@@ -71,7 +71,7 @@ def plan_shard(
     """
     schedule = make_schedule(tensors, spread, memory)
     modules = {t.module: t.decision.format for t in tensors if t.decision.format is not None}
-    if not modules:  # nothing becomes FP8: the file is copied, header and all, where it need not be cut
+    if not modules and not source.renamed:  # the file is copied, header and all, where it need not be cut
         schedule = replace(schedule, outputs=source.header.tensors, measured=(), early=(), late=())
         if max_shard_size is None or source.size <= max_shard_size or not schedule.outputs:
             header = len(source.header.raw).to_bytes(PREFIX_BYTES, "little") + source.header.raw

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..format.header import TensorInfo
 from ..format.layout import SCHEME_CHANNEL, SOURCE_DTYPES, STORAGE, WEIGHT, Block, WeightFormat
+from ..snapshot.given_scale import GivenScale
 from ..snapshot.modules import ModuleMap
 from ..telling.errors import ConvertError
 from ..telling.notebook import Brief
@@ -33,6 +34,8 @@ class Decision(Brief):
 
     `rule` is the pattern, or for rules that no manifest states a short phrase; `group` names the fusion group whose
     members share the scale; `input_scale` is the activation scale that is written beside the weight's, if one is.
+    `given` is the scale of codes that another tool made: they are copied, or without a `format` made BF16. `dropped`
+    tensors are not written.
     """
 
     rule: str
@@ -41,6 +44,8 @@ class Decision(Brief):
     format: WeightFormat | None = None
     group: str | None = None
     input_scale: float | None = None
+    given: GivenScale | None = None
+    dropped: bool = False
 
     @property
     def fp8(self) -> bool:
@@ -79,7 +84,18 @@ class PlannedTensor(Brief):
     @property
     def out_bytes(self) -> int:
         """Bytes of the output tensor, scales not counted."""
-        return self.info.numel if self.decision.fp8 else self.info.nbytes
+        if self.decision.dropped:
+            return 0
+        if self.decision.fp8:
+            return self.info.numel
+        return 2 * self.info.numel if self.decision.given is not None else self.info.nbytes
+
+    @property
+    def out_dtype(self) -> str:
+        """The dtype of the output tensor."""
+        if self.decision.fp8:
+            return "F8_E4M3"
+        return "BF16" if self.decision.given is not None else self.info.dtype
 
     @property
     def bytes_after(self) -> int:
@@ -221,7 +237,7 @@ def _make_groups_whole(
     """Give fusion group members one group name, and keep them all where one is kept."""
     members: dict[str, list[int]] = {}
     for position, tensor in enumerate(decided):
-        if (name := _group_of(tensor, groups)) is not None:
+        if (name := group_of(tensor, groups)) is not None:
             members.setdefault(name, []).append(position)
     taken_along: Counter[str] = Counter()
     for name, positions in members.items():
@@ -244,7 +260,7 @@ def _make_groups_whole(
     return decided, notes
 
 
-def _group_of(tensor: PlannedTensor, groups: Sequence[FusionGroup]) -> str | None:
+def group_of(tensor: PlannedTensor, groups: Sequence[FusionGroup]) -> str | None:
     """`parent.(a|b|c)` for a member of a fusion group."""
     if tensor.decision.kind is None or not tensor.info.name.endswith(WEIGHT):
         return None

@@ -60,9 +60,9 @@ def make_plan(snapshot: Snapshot, recipe: Recipe, memory: Memory = MEMORY) -> Pl
     )
     if recipe.reader.single_files:
         return single_files(snapshot, recipe, components, notes)
-    files = _json_files(components)
+    files = json_files(components)
     of_target = recipe.reader.notes(snapshot.components)
-    notes = [*snapshot.remarks, *_left_out_notes(snapshot.left_out), *notes, *_compact_notes(recipe, components)]
+    notes = [*snapshot.remarks, *left_out_notes(snapshot.left_out), *notes, *_compact_notes(recipe, components)]
     notes += of_target
     sidecars = {path: size for path, size in snapshot.sidecars.items() if path not in files}
     plan = Plan(snapshot, recipe, components, files, sidecars, tuple(notes))
@@ -71,7 +71,7 @@ def make_plan(snapshot: Snapshot, recipe: Recipe, memory: Memory = MEMORY) -> Pl
     return plan
 
 
-def _json_files(components: Iterable[ComponentPlan]) -> dict[str, bytes]:
+def json_files(components: Iterable[ComponentPlan]) -> dict[str, bytes]:
     """The configs and indices to write."""
     files = {}
     for component in components:
@@ -89,7 +89,7 @@ def _compact_notes(recipe: Recipe, components: Iterable[ComponentPlan]) -> list[
     return ["--compact changes nothing here: no DiT layer that is converted has an FP8 storage rule"]
 
 
-def _left_out_notes(left_out: Iterable[LeftOut]) -> list[str]:
+def left_out_notes(left_out: Iterable[LeftOut]) -> list[str]:
     """What is not carried over and why, in a few lines however many folders there are."""
     by_reason: dict[str, list[LeftOut]] = defaultdict(list)
     for item in left_out:

@@ -28,6 +28,11 @@ class Row(Brief):
     bytes_before: int
     bytes_after: int
 
+    @property
+    def otherwise(self) -> str:
+        """What becomes of tensors that are not FP8."""
+        return "left out" if self.bytes_before and not self.bytes_after else "kept"
+
 
 def rows(component: ComponentPlan) -> list[Row]:
     """The component's decisions, summed up by what was decided and why; FP8 first, then by size."""

@@ -25,8 +25,9 @@ from ..plan.lora import LowRank
 from ..plan.plan import ShardPlan
 from ..plan.schedule import Segment, Slot, cut, scale_domain, split_unit
 from ..snapshot.files import SourceFile
+from ..snapshot.given_scale import GivenScale
 from ..telling.errors import ResumableError
-from .elements import finite, not_finite, segment_bytes, typed
+from .elements import finite, made_bf16, not_finite, segment_bytes, typed, without_nan
 from .engine import Engine
 from .merging import merge
 from .quantize import amax, quantize_blocks, quantize_rows, quantize_tensor, tensor_scale
@@ -171,7 +172,12 @@ class _ShardStream:
 
     def _take(self, segment: Segment, slot: Slot, span: Span) -> None:
         tensor = self.shard.tensors[segment.tensor]
+        if tensor.decision.dropped:
+            return
         data = segment_bytes(span, slot, segment, tensor)
+        if tensor.decision.given is not None:
+            self._take_given(segment, tensor, tensor.decision.given, data, span.hold())
+            return
         if not tensor.decision.fp8 and tensor.merges:
             work = self.engine.submit(partial(self._merged_bytes, data, segment, tensor))
             self.pending.append(_Pending(tensor.info.name, segment.start, work.result, work, span.hold()))
@@ -239,6 +245,20 @@ class _ShardStream:
         if not all(ok for _, _, ok in results):
             raise not_finite(tensor, self.shard.source.path)
         return _bytes(np.concatenate([scales for _, scales, _ in results]))
+
+    def _take_given(
+        self, segment: Segment, tensor: PlannedTensor, given: GivenScale, codes: torch.Tensor, span: Span
+    ) -> None:
+        """Codes that another tool made: copied, their scale behind them, or made BF16 where they are not to be FP8."""
+        where = self.shard.source.path
+        if not tensor.decision.fp8:
+            work = self.engine.submit(partial(made_bf16, codes, given.values, tensor, where))
+            self.pending.append(_Pending(tensor.info.name, 2 * segment.start, work.result, work, span))
+            return
+        work = self.engine.submit(partial(without_nan, codes, tensor, where))
+        self.pending.append(_Pending(tensor.info.name, segment.start, work.result, work, span))
+        if segment.stop == tensor.info.nbytes:
+            self._append_scales(tensor, lambda: _bytes(given.values))
 
     def _append_scales(self, tensor: PlannedTensor, take: Callable[[], torch.Tensor]) -> None:
         assert tensor.decision.format is not None

@@ -71,7 +71,7 @@ def test_no_arguments_show_the_help() -> None:
     assert "Example:" in result.output
 
 
-@pytest.mark.parametrize("command", ["inspect", "manifests", "demo", "verify", "push"])
+@pytest.mark.parametrize("command", ["inspect", "manifests", "demo", "verify", "push", "dequantize", "import"])
 def test_every_command_has_help_with_an_example(command: str) -> None:
     assert f"fp8-convert {command}" in run(command, "-h").stdout
 
