@@ -1,0 +1,56 @@
+"""Make one snapshot with the project's own environment: `python making.py OUT SOURCE KEYWORDS`.
+
+Readers cannot share an environment with the converter, so their tests run this file with the project's interpreter.
+SOURCE is a name of tests/pipelines.py, or of SOURCES here; KEYWORDS are JSON for convert(), or `null` for the source as
+it is.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+
+def main(out: Path, name: str, keywords: dict[str, Any] | None) -> None:
+    from pipelines import saved
+
+    from fp8_convert.converter import convert
+
+    source = SOURCES[name]() if name in SOURCES else saved(name)
+    if keywords is None:
+        shutil.copytree(source, out)
+    else:
+        convert(source, out, **keywords)
+
+
+def z_image_as_published() -> Path:
+    """Its text encoder is a Qwen3ForCausalLM, so its keys begin with `model.`; the head is tied and in no file."""
+    import torch
+    from pipelines import copied, saved
+    from transformers import Qwen3ForCausalLM, Qwen3Model
+
+    folder = copied(saved("z_image"), Path(tempfile.mkdtemp(prefix="fp8-convert-readers-")) / "z_image")
+    inner = Qwen3Model.from_pretrained(folder / "text_encoder", dtype=torch.bfloat16)
+    model = Qwen3ForCausalLM(inner.config).to(torch.bfloat16)
+    model.model.load_state_dict(inner.state_dict())
+    model.tie_weights()
+    shutil.rmtree(folder / "text_encoder")
+    model.save_pretrained(folder / "text_encoder")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["text_encoder"] = ["transformers", "Qwen3ForCausalLM"]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+    return folder
+
+
+SOURCES: dict[str, Callable[[], Path]] = {"z_image_as_published": z_image_as_published}
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]))
