@@ -76,6 +76,7 @@ class Result:
             "source": self.plan.snapshot.label,
             "commit": self.plan.snapshot.commit,
             "manifest": self.plan.recipe.manifest.name,
+            "target": self.plan.recipe.target,
             "recipe_sha256": self.plan.recipe.sha256(),
             "snapshot_sha256": self.snapshot_sha256,
             "already_done": self.already_done,
@@ -101,6 +102,7 @@ def plan_conversion(
     activation_scheme: str = "dynamic",
     input_scales: str | os.PathLike[str] | None = None,
     max_shard_size: int | str | None = None,
+    target: str = "native",
     options: HubAccess | None = None,
     progress: Progress | None = None,
 ) -> Plan:
@@ -122,6 +124,7 @@ def convert(
     activation_scheme: str = "dynamic",
     input_scales: str | os.PathLike[str] | None = None,
     max_shard_size: int | str | None = None,
+    target: str = "native",
     device: str = "auto",
     workers: int | None = None,
     stream: bool = False,
@@ -145,6 +148,7 @@ def convert(
     weight_block_size: (rows, columns) of a scale's block in the DiT; None is the manifest's choice (per tensor).
     activation_scheme: "dynamic", or "static" with input_scales, a safetensors file of `NAME.input_scale` scalars.
     max_shard_size: cuts larger output files, as in diffusers: bytes or such as "5GB"; None keeps the source's shards.
+    target: who is to read the output: "native" (this project's loader), or "vllm-omni".
     device: "cpu", "cuda" or "auto"; the bytes are the same. workers: CPU threads for the arithmetic.
     stream: for a Hub id, download shard by shard beside the conversion and keep none; needs room for two.
     force: replace a finished FP8 snapshot. check: read a finished one again and compare its digests.

@@ -90,7 +90,10 @@ class ComponentView(Brief):
 
 @dataclass(frozen=True, repr=False)
 class Inspection:
-    """A whole snapshot, or one safetensors file. `unfinished` tells of a conversion that stopped midway."""
+    """A whole snapshot, or one safetensors file.
+
+    unfinished: tells of a conversion that stopped midway. target: for which reader it was written, if its record says.
+    """
 
     path: str
     converted_by: str | None
@@ -98,6 +101,7 @@ class Inspection:
     components: tuple[ComponentView, ...]
     commit: str | None = None
     unfinished: Unfinished | None = None
+    target: str | None = None
 
     def __repr__(self) -> str:
         fp8 = sum(g.tensors for c in self.components for g in c.groups if g.what == "fp8")
@@ -159,6 +163,7 @@ def inspect(path: str | os.PathLike[str], *, options: HubAccess | None = None) -
         tuple(_view(c, recorded.get(c.name)) for c in snapshot.components),
         snapshot.commit,
         unfinished,
+        record.recipe.target if record is not None else None,
     )
 
 

@@ -37,7 +37,9 @@ from .codes import compare_shard
 from .finding import Finding
 
 # The settings that a record's recipe states as they were given.
-_RECIPE_KEYS = ("ignored_layers", "components", "compact", "weight_block_size", "activation_scheme", "max_shard_size")
+_RECIPE_KEYS = (
+    "ignored_layers", "components", "compact", "weight_block_size", "activation_scheme", "max_shard_size", "target",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,30 @@ from ..snapshot.files import LocalFiles
 from ..snapshot.fp8 import Fault, Fp8Component, read_fp8
 from ..snapshot.modules import module_map
 from ..snapshot.snapshot import CONFIG, Component, Shard
+from ..targets.choosing import TARGETS
+from ..targets.target import NATIVE, Target
 from ..telling.errors import ConvertError
 from .finding import Finding
 
 _SCALE_BYTES_AT_ONCE = 1 << 20
+
+
+@dataclass(frozen=True)
+class _Ignored:
+    """What a config's `ignored_layers` must be, for the target that the record names."""
+
+    target: Target
+    components: Sequence[Component]
+
+    def names(self, component: Component, kept: Collection[str]) -> list[str]:
+        """kept: the component's linears that are not FP8."""
+        return sorted(self.target.ignored_layers(component, kept, self.components))
+
+    @property
+    def meaning(self) -> str:
+        if self.target is NATIVE:
+            return "the linear layers that are not FP8"
+        return f"those that the target {self.target.name} needs"
 
 
 def check_structure(root: Path, record: Record, found: list[Finding]) -> Sequence[Shard]:
@@ -52,7 +73,9 @@ def check_structure(root: Path, record: Record, found: list[Finding]) -> Sequenc
             found += _check_weights(root, component, fp8)
         missing = not component.config and component.path(CONFIG) in damaged
         if whole and recorded is not None and not missing:
-            found += _check_component(root, component, recorded, fp8)
+            found += _check_component(
+                root, component, recorded, fp8, _Ignored(TARGETS.get(record.recipe.target, NATIVE), components)
+            )
     return [shard for component in components for shard in component.shards]
 
 
@@ -81,14 +104,14 @@ def _check_weights(root: Path, component: Component, fp8: Fp8Component) -> Itera
 
 
 def _check_component(
-    root: Path, component: Component, recorded: RecordedComponent, fp8: Fp8Component
+    root: Path, component: Component, recorded: RecordedComponent, fp8: Fp8Component, ignored: _Ignored
 ) -> Iterator[Finding]:
     """Whether record and config tell exactly what the shards hold."""
     if not any(problem.fault is Fault.METADATA for problem in fp8.problems):  # else found in the shard
         if Counter(how.mode for how in fp8.stated.values()) != Counter(recorded.fp8_modules):
             yield Finding(layout.RECORD_FILE, f"counts other FP8 modules in {component.label} than its shards hold")
         if fp8.stated:
-            yield from _check_config(component, fp8.stated)
+            yield from _check_config(component, fp8.stated, ignored)
     yield from _check_shared_scales(root, component, recorded.shared_scales)
 
 
@@ -115,7 +138,9 @@ def _is_usable(scale: bytes) -> bool:
     return np.isfinite(value) and value > 0
 
 
-def _check_config(component: Component, modules: Mapping[str, layout.WeightFormat]) -> Iterator[Finding]:
+def _check_config(
+    component: Component, modules: Mapping[str, layout.WeightFormat], ignored: _Ignored
+) -> Iterator[Finding]:
     """What readers take from the config: which layers are FP8, and how."""
     path = component.path(CONFIG)
     config = component.config.get(layout.CONFIG_KEY)
@@ -149,8 +174,8 @@ def _check_config(component: Component, modules: Mapping[str, layout.WeightForma
         if config[key] not in values:
             yield Finding(path, f"{key} is {config[key]!r:.80} instead of {' or '.join(map(repr, values))}")
     linears = {name for name, kind in built.kinds.items() if kind == "Linear"}
-    if config["ignored_layers"] != sorted(linears - set(modules)):
-        yield Finding(path, "ignored_layers are not exactly the linear layers that are not FP8")
+    if config["ignored_layers"] != ignored.names(component, linears - set(modules)):
+        yield Finding(path, f"ignored_layers are not exactly {ignored.meaning}")
 
 
 def _usable(path: Path, header: Header, scale: TensorInfo) -> bool:

@@ -16,6 +16,7 @@ from click_default_group import DefaultGroup
 from ..output.work import DEVICES
 from ..plan.recipe import ACTIVATION_SCHEMES, tool_version
 from ..snapshot.access import HubAccess
+from ..targets.choosing import TARGETS
 from ..telling.errors import ConvertError
 from ..telling.progress import Progress, for_terminal
 from .stopping import Stopping
@@ -137,6 +138,13 @@ def _hub_options(function: F) -> F:
     help="Where the arithmetic runs; the bytes are the same.",
 )
 @click.option("--workers", type=click.IntRange(1), help="CPU threads for the arithmetic.")
+@click.option(
+    "--target",
+    type=click.Choice([*TARGETS]),
+    default="native",
+    show_default=True,
+    help="Who is to read the output; native is fp8-convert's own loader.",
+)
 @click.option("--stream", is_flag=True, help="Hub id: download shard by shard and keep none; needs room for two.")
 @click.option("--max-shard-size", metavar="SIZE", help="Cut larger output files, as in diffusers: 5GB, 500MB.")
 @click.option("--force", is_flag=True, help="Replace a finished FP8 snapshot.")

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from ..targets.choosing import TARGETS, described
 from ..telling.quantities import byte_count, change, parameter_count, plural
 
 if TYPE_CHECKING:  # only what is rendered has been imported
@@ -46,7 +47,8 @@ def render_plan(plan: Plan, width: int | None = None) -> str:
             table.append([decision, row.kind or "-", *numbers, row.rule, row.why])
         lines += _table(table, right=(2, 3, 4, 5), width=width, words=2)
     lines += [f"note: {note}" for note in plan.notes]
-    lines += ["", f"total: {plan.sizes} in {plural(len(plan.weight_files), 'file')}"]
+    lines += ["", described(plan.recipe.reader)]
+    lines += [f"total: {plan.sizes} in {plural(len(plan.weight_files), 'file')}"]
     before, after = plan.bytes_to_read, sum(s.size for s in plan.shards)
     if plan.compact_saves > _WORTH_SAYING * after:
         lines.append(
@@ -62,6 +64,8 @@ def render_inspection(inspection: Inspection, width: int | None = None) -> str:
     lines = [inspection.title]
     if inspection.source:
         lines.append(f"source: {inspection.source}")
+    if inspection.target in TARGETS:
+        lines.append(described(TARGETS[inspection.target]))
     for component in inspection.components:
         method = component.quant_method and f"quant_method {component.quant_method}"
         about = ", ".join(filter(None, (component.class_name, method)))
@@ -78,7 +82,7 @@ def render_inspection(inspection: Inspection, width: int | None = None) -> str:
 
 
 def render_result(result: Result) -> str:
-    """The summary of a finished conversion, one line."""
+    """The summary of a finished conversion in one line, and who reads its output in another."""
     sizes = change(result.bytes_before, result.bytes_after)
     if result.already_done:
         return f"already done: {result.output}, {sizes}, snapshot {result.snapshot_sha256[:12]}"
@@ -87,7 +91,8 @@ def render_result(result: Result) -> str:
         details.append(f"peak RSS {result.peak_rss / 2**20:.0f} MiB")
     if result.resumed_shards:
         details.append(f"{plural(result.resumed_shards, 'shard')} resumed")
-    return f"wrote {result.output}: {sizes} in {result.seconds:.1f} s ({', '.join(details)})"
+    wrote = f"wrote {result.output}: {sizes} in {result.seconds:.1f} s ({', '.join(details)})"
+    return f"{wrote}\n{described(result.plan.recipe.reader)}"
 
 
 def render_verification(verification: Verification) -> str:

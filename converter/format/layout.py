@@ -21,7 +21,7 @@ SCALE_SUFFIXES = (WEIGHT_SCALE, WEIGHT_SCALE_INV, INPUT_SCALE)
 
 RECORD_FILE = "fp8_convert.json"
 STAGING = ".fp8-convert"  # the folder in an output that is not finished
-RECORD_FORMAT = 2
+RECORD_FORMAT = 3
 MAX_RECORD_BYTES = 64 * 1024 * 1024  # a larger one is none: it has some hundred bytes a file
 METADATA_KEY = "fp8_convert"
 CONFIG_KEY = "quantization_config"

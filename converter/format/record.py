@@ -22,7 +22,10 @@ from .untrusted import parse_json
 
 SEAL = "record_sha256"
 # Fields by the format that brought them: a record of that format or a newer one has them, an older one does not.
-_ADDED = {2: (("recipe", "max_shard_size"), ("components", "shared_scales"))}
+_ADDED = {
+    2: (("recipe", "max_shard_size"), ("components", "shared_scales")),
+    3: (("recipe", "target"),),
+}
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -47,6 +50,7 @@ class RecordedRecipe(Brief):
     weight_block_size: Block | None
     activation_scheme: str
     max_shard_size: int | None = None
+    target: str = "native"
     input_scales_sha256: str | None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from ..format import layout
 from ..format.header import PREFIX_BYTES
 from ..snapshot.snapshot import Component, Shard
+from ..targets.target import Layer
 from ..telling.errors import ConvertError
 from .decide import PlannedTensor
 from .manifest import ComponentRules
@@ -28,8 +29,13 @@ def plan_component(
     recipe: Recipe,
     problem: str | None,
     memory: Memory,
+    components: Sequence[Component],
 ) -> ComponentPlan:
-    """Lay out the component's shards and config. problem: why its class could not be built."""
+    """Lay out the component's shards and config.
+
+    problem: why its class could not be built. components: all of its snapshot. Raises ConvertError for what the target
+    would not read right.
+    """
     shards_of_group = Counter(
         group
         for shard in component.shards
@@ -43,7 +49,7 @@ def plan_component(
         shards.append(plan_shard(component, source, tensors, spread, recipe.max_shard_size, memory))
     shards = _named(component, shards)
     converted = any(t.decision.fp8 for s in shards for t in s.tensors)
-    config = _config(component, rules, shards, recipe) if rules is not None and converted else None
+    config = _config(component, rules, shards, recipe, components) if rules is not None and converted else None
     return ComponentPlan(component, rules if converted else None, tuple(shards), config, problem)
 
 
@@ -89,7 +95,13 @@ def _named(component: Component, shards: Sequence[ShardPlan]) -> list[ShardPlan]
     ]
 
 
-def _config(component: Component, rules: ComponentRules, shards: Sequence[ShardPlan], recipe: Recipe) -> dict[str, Any]:
+def _config(
+    component: Component,
+    rules: ComponentRules,
+    shards: Sequence[ShardPlan],
+    recipe: Recipe,
+    components: Sequence[Component],
+) -> dict[str, Any]:
     """The component's config.json with its quantization_config."""
     tensors = [t for shard in shards for t in shard.tensors]
     fp8 = [t.decision for t in tensors if t.decision.fp8]
@@ -97,10 +109,15 @@ def _config(component: Component, rules: ComponentRules, shards: Sequence[ShardP
     # Other readers take an "fp8" component's linears for what its kind is run in: a DiT's for W8A8.
     native = len(formats) > 1 or any(d.kind != "Linear" or d.mode != rules.mode for d in fp8)
     own = {f.block for f in formats if f.mode == rules.mode and f.block is not None}
+    kept = [t.module for t in tensors if t.decision.kind == "Linear" and not t.decision.fp8]
+    ignored = recipe.reader.ignored_layers(component, kept, components)
+    layers = [Layer(t.module, t.decision.kind, t.decision.format) for t in tensors if t.decision.kind is not None]
+    if problem := next(recipe.reader.problems(component, layers, ignored), None):
+        raise ConvertError(f"{component.label} cannot be written for --target {recipe.target}: {problem}.")
     config = layout.quantization_config(
         native=native,
         activation_scheme=recipe.activation_scheme if rules.runs_in_fp8 else "dynamic",
-        ignored_layers=sorted(t.module for t in tensors if t.decision.kind == "Linear" and not t.decision.fp8),
+        ignored_layers=sorted(ignored),
         block=next(iter(own), None),
     )
     return {**component.config, layout.CONFIG_KEY: config}

@@ -18,7 +18,7 @@ from ..telling.quantities import byte_count
 from .component import encode_index, plan_component
 from .coverage import integer_note, kept_note, nothing_converted, unnamed_notes, why_unnamed
 from .decide import PlannedTensor, check_patterns, decide, expand_aliases, keep_all
-from .manifest import ComponentRules
+from .manifest import ComponentRules, Rule
 from .matching import Match, components_of, match_entries, match_tables, refuse_problems, why_unmatched
 from .plan import ComponentPlan, Plan
 from .recipe import Recipe
@@ -34,8 +34,11 @@ def make_plan(snapshot: Snapshot, recipe: Recipe, memory: Memory = MEMORY) -> Pl
     memory: what the conversion of a shard may take; the order of an output's tensors follows from it.
     """
     refuse_problems(recipe.manifest, match_tables(recipe.manifest, snapshot))
-    chosen = {c.name: _rules_of(c, recipe) for c in snapshot.components}
+    chosen = {c.name: _rules_of(c, recipe, snapshot.components) for c in snapshot.components}
     _check_components(snapshot, recipe, chosen)
+    converted = [name for name, rules in chosen.items() if rules is not None]
+    if problem := recipe.reader.snapshot_problem(snapshot.components, converted):
+        raise ConvertError(problem)
     maps = {c.name: module_map(c) for c in snapshot.components if chosen[c.name] is not None}
     _check_entries(snapshot, recipe, maps)
     decisions, notes, problems = _decide_all(snapshot, recipe, chosen, maps)
@@ -45,11 +48,13 @@ def make_plan(snapshot: Snapshot, recipe: Recipe, memory: Memory = MEMORY) -> Pl
     notes += _coverage_notes(snapshot, recipe, chosen, decisions, problems)
     decisions = _with_input_scales(decisions, recipe)
     components = tuple(
-        plan_component(c, chosen[c.name], decisions[c.name], recipe, problems.get(c.name), memory)
+        plan_component(c, chosen[c.name], decisions[c.name], recipe, problems.get(c.name), memory, snapshot.components)
         for c in snapshot.components
     )
     files = _json_files(components)
+    of_target = recipe.reader.notes(snapshot.components)
     notes = [*snapshot.remarks, *_left_out_notes(snapshot.left_out), *notes, *_compact_notes(recipe, components)]
+    notes += of_target
     sidecars = {path: size for path, size in snapshot.sidecars.items() if path not in files}
     return Plan(snapshot, recipe, components, files, sidecars, tuple(notes))
 
@@ -93,11 +98,15 @@ def _left_out_notes(left_out: Iterable[LeftOut]) -> list[str]:
     return notes
 
 
-def _rules_of(component: Component, recipe: Recipe) -> ComponentRules | None:
+def _rules_of(component: Component, recipe: Recipe, components: Sequence[Component]) -> ComponentRules | None:
     """The manifest's rules for a component that is to be converted, None for one that is only copied."""
     rules = recipe.manifest.rules_for(component.name, component.class_name)
     selected = not recipe.components or component.name in recipe.components
-    return rules if rules is not None and rules.mode != "keep" and selected else None
+    wanted = selected and recipe.reader.why_kept(component, components) is None
+    if rules is None or rules.mode == "keep" or not wanted:
+        return None
+    kept = tuple(Rule(pattern, why) for pattern, why in recipe.reader.kept_layers(component))
+    return replace(rules, never_layers=(*kept, *rules.never_layers))
 
 
 def _check_components(snapshot: Snapshot, recipe: Recipe, chosen: Mapping[str, ComponentRules | None]) -> None:
@@ -105,6 +114,9 @@ def _check_components(snapshot: Snapshot, recipe: Recipe, chosen: Mapping[str, C
     for name in recipe.components:
         if name not in names:
             raise ConvertError(f"{snapshot.label} has no component {name!r} with weights; it has {', '.join(names)}.")
+        component = next(c for c in snapshot.components if c.name == name)
+        if why := recipe.reader.why_kept(component, snapshot.components):
+            raise ConvertError(f"--target {recipe.target} keeps {name}: {why}; drop --component {name}.")
         if chosen[name] is None:
             raise ConvertError(
                 f"The manifest {recipe.manifest.name} does not convert {name}; drop --component {name} or pass another "
@@ -164,7 +176,7 @@ def _decide_all(
         rules = chosen[component.name]
         tensors = list(component.tensors)
         if rules is None:
-            decided = keep_all(tensors, "component", _why_kept(component, recipe))
+            decided = keep_all(tensors, "component", _why_kept(component, recipe, snapshot.components))
         else:
             modules = maps[component.name]
             if modules.problem:
@@ -178,7 +190,9 @@ def _decide_all(
                 modules,
                 user_patterns=expand_aliases(recipe.ignored_layers, rules.fusion_groups) if rules.runs_in_fp8 else (),
                 compact=recipe.compact,
-                block=(recipe.block if rules.runs_in_fp8 else None) or rules.weight_block_size,
+                block=recipe.reader.block(
+                    component, (recipe.block if rules.runs_in_fp8 else None) or rules.weight_block_size
+                ),
             )
             notes += said
         decisions[component.name] = {t.info.name: t for t in decided}
@@ -213,12 +227,14 @@ def _user_patterns(recipe: Recipe, chosen: Mapping[str, ComponentRules | None]) 
     return set(expand_aliases(recipe.ignored_layers, groups))
 
 
-def _why_kept(component: Component, recipe: Recipe) -> str:
+def _why_kept(component: Component, recipe: Recipe, components: Sequence[Component]) -> str:
     if recipe.components and component.name not in recipe.components:
         return "not among the components asked for"
     rules = recipe.manifest.rules_for(component.name, component.class_name)
     if rules is None:
         return why_unnamed(component, recipe.manifest)
+    if rules.mode != "keep" and (why := recipe.reader.why_kept(component, components)):
+        return why
     return rules.why or f"the manifest {recipe.manifest.name} does not convert it"
 
 

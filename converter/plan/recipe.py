@@ -11,6 +11,8 @@ from importlib.metadata import version
 from typing import Any
 
 from ..format.layout import Block
+from ..targets.choosing import TARGETS
+from ..targets.target import NATIVE, Target
 from ..telling.errors import SettingsError
 from ..telling.notebook import Brief
 from .manifest import Manifest
@@ -31,7 +33,8 @@ class Recipe(Brief):
     ignored_layers: patterns beside the manifest's. components: restricts the conversion to these folders; () is
     all that the manifest converts. block: block size for the DiT's weights, None for the manifest's choice.
     input_scales: per module the activation scale of the static scheme. max_shard_size: the most bytes of an output
-    file, as far as whole tensors allow; None cuts none. `Settings.resolve` makes one of what a user states.
+    file, as far as whole tensors allow; None cuts none. target: who reads the output. `Settings.resolve` makes one of
+    what a user states.
     """
 
     manifest: Manifest
@@ -42,6 +45,12 @@ class Recipe(Brief):
     activation_scheme: str = "dynamic"
     input_scales: Mapping[str, float] | None = None
     max_shard_size: int | None = None
+    target: str = NATIVE.name
+
+    @property
+    def reader(self) -> Target:
+        """What the target decides."""
+        return TARGETS[self.target]
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as the record states it."""
@@ -55,6 +64,7 @@ class Recipe(Brief):
             "weight_block_size": list(self.block) if self.block else None,
             "activation_scheme": self.activation_scheme,
             "max_shard_size": self.max_shard_size,
+            "target": self.target,
             "input_scales_sha256": _digest(dict(self.input_scales)) if self.input_scales else None,
         }
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from ..format.layout import Block
 from ..format.untrusted import check_text
 from ..snapshot.snapshot import Snapshot
+from ..targets.choosing import TARGETS
 from ..telling.errors import SettingsError
 from .manifest import Manifest, choose_manifest, load_manifest
 from .recipe import ACTIVATION_SCHEMES, Recipe, check_scales, parse_size
@@ -43,10 +44,14 @@ class Settings:
     activation_scheme: str = "dynamic"
     input_scales: Path | None = None
     max_shard_size: int | None = None
+    target: str = "native"
     given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_scales(self.activation_scheme, self.weight_block_size, self.input_scales is not None)
+        problem = TARGETS[self.target].settings_problem(compact=self.compact, block=self.weight_block_size)
+        if problem is not None:
+            raise SettingsError(problem)
 
     @classmethod
     def read(cls, stated: Mapping[str, Any], known: Collection[str] | None = None) -> Settings:
@@ -87,6 +92,7 @@ class Settings:
             activation_scheme=self.activation_scheme,
             input_scales=None if self.input_scales is None else read_input_scales(self.input_scales),
             max_shard_size=self.max_shard_size,
+            target=self.target,
         )
 
 
@@ -179,4 +185,5 @@ _SETTINGS: Mapping[str, _Setting] = {
     "activation_scheme": _Setting(_one_of(*ACTIVATION_SCHEMES), "use 'dynamic' or 'static'"),
     "input_scales": _Setting(_path, "use the path of a safetensors file"),
     "max_shard_size": _Setting(parse_size, "use a size such as 5GB or 500MB"),
+    "target": _Setting(_one_of(*TARGETS), f"use one of {', '.join(TARGETS)}"),
 }

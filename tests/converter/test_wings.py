@@ -16,7 +16,7 @@ import fp8_convert
 
 PACKAGE = Path(fp8_convert.__file__).parent
 # Each may import those before it, and modules of its own floor.
-FLOORS = ("telling", "format", "snapshot", "plan", "stream", "output", "checks", "doors", "cli")
+FLOORS = ("telling", "format", "snapshot", "targets", "plan", "stream", "output", "checks", "doors", "cli")
 DOORS = ("conversion", "verification", "inspection", "finished", "tiny")  # modules at the converter's root
 
 Imports = Mapping[str, Mapping[str, int]]
