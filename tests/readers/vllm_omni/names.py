@@ -21,15 +21,18 @@ RENAMED = {".ffn.net.0.": ".ffn.net_0.", ".ffn.net.2.": ".ffn.net_2.", ".to_out.
 SCALES = (".weight_scale", ".weight_scale_inv", ".input_scale")
 
 
-def faults(snapshot: Path) -> list[str]:
-    """What is wrong with a snapshot once vLLM-Omni has loaded it; an error that names its cause is a fault, too."""
+def faults(snapshot: Path, *, worth: Path | None = None, quantization: str | None = None) -> list[str]:
+    """What is wrong with a snapshot once vLLM-Omni has loaded it; an error that it raises is a fault, too.
+
+    worth: the snapshot that says what its weights are worth, itself if None. quantization: as for `omni.load`.
+    """
     try:
-        loaded = omni.load(snapshot)
+        loaded = omni.load(snapshot, quantization)
     except Exception as error:  # whatever the reader raises is the answer
         return [f"{type(error).__name__}: {error}"]
     found = [f"{name} was not set" for name in loaded.unset]
     for source in loaded.pipeline.weights_sources:
-        found += _differences(loaded, source.subfolder, dequantised(snapshot / source.subfolder))
+        found += _differences(loaded, source.subfolder, dequantised((worth or snapshot) / source.subfolder))
     return found
 
 

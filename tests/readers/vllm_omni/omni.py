@@ -30,18 +30,21 @@ class Loaded:
     unset: list[str] = field(default_factory=list)
 
 
-def load(snapshot: Path) -> Loaded:
-    """Load a snapshot as vLLM-Omni's worker does: config from the files, classes from the registry."""
-    with loading(snapshot) as config:
+def load(snapshot: Path, quantization: str | None = None) -> Loaded:
+    """Load a snapshot as vLLM-Omni's worker does: config from the files, classes from the registry.
+
+    quantization: what the server is started with as `--quantization`; None where it finds the files' own.
+    """
+    with loading(snapshot, quantization) as config:
         loader = _Watched(LoadConfig(), config)
         pipeline = loader.load_model("cpu")
     return Loaded(pipeline, loader.raw, loader.unset)
 
 
 @contextmanager
-def loading(snapshot: Path) -> Iterator[OmniDiffusionConfig]:
+def loading(snapshot: Path, quantization: str | None = None) -> Iterator[OmniDiffusionConfig]:
     """Enter the contexts that its worker loads a model in; yield the snapshot's config."""
-    config = OmniDiffusionConfig(model=str(snapshot))
+    config = OmniDiffusionConfig(model=str(snapshot), quantization_config=quantization)
     config.enrich_config()
     with ExitStack() as stack:
         vllm_config = create_diffusion_vllm_config(torch.device("cpu"), config)

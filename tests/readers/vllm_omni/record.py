@@ -1,10 +1,9 @@
-"""Write down vLLM-Omni's rules for the shipped families, from its own code: `record.py SNAPSHOTS OUT.json`.
+"""vLLM-Omni's rules for the shipped families, from its own code, for tests that run where it is not installed.
 
-SNAPSHOTS is a folder of unconverted tiny pipelines, one folder a family. For each component whose linears are
-built under the DiT's FP8 config, the record has
+For each component whose linears are built under the DiT's FP8 config there are
 
-- layers: every linear by its quantisation prefix (what `ignored_layers` is compared with): can it be FP8, and which of
-  the checkpoint's modules are its rows, in order;
+- layers: every linear by its quantisation prefix (what `ignored_layers` is compared with; in brackets where it has
+  none): can it be FP8, and which of the checkpoint's modules are its rows, in order;
 - alone: for each of the checkpoint's modules, and each prefix, what a list of that one name skips.
 
 Nothing here knows a name: rows are found by loading one tensor at a time, skips by asking Fp8Config for each layer.
@@ -14,7 +13,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +24,25 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod
 from vllm_omni.diffusion.registry import initialize_model
 
-PACKAGES = ("vllm", "vllm-omni", "torch", "transformers", "diffusers")
+_PACKAGES = ("vllm", "vllm-omni", "torch", "transformers", "diffusers")
 
 
-def main(snapshots: Path, out: Path) -> None:
-    families = {folder.name: _family(folder) for folder in sorted(snapshots.iterdir()) if folder.is_dir()}
-    head = {
+def recorded(snapshots: Mapping[str, Path]) -> dict[str, Any]:
+    """The rules for unconverted tiny pipelines, by the name of their family."""
+    return {
         "reader": "vLLM-Omni",
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "made_by": "tests/readers/vllm_omni/record.py, from the reader's own classes",
+        "families": {name: _family(folder) for name, folder in snapshots.items()},
     }
-    out.write_text(_text({**head, "families": families}) + "\n")
 
 
-def _text(value: Any, depth: int = 0) -> str:
+def text(value: Any, depth: int = 0) -> str:
     """JSON with one line for each layer and each name: what changes in a reader shows in a diff."""
     if not isinstance(value, dict) or depth == 6 or not value:
         return json.dumps(value)
     space = " " * (depth + 1)
-    lines = ",\n".join(f"{space}{json.dumps(key)}: {_text(child, depth + 1)}" for key, child in value.items())
+    lines = ",\n".join(f"{space}{json.dumps(key)}: {text(child, depth + 1)}" for key, child in value.items())
     return f"{{\n{lines}\n{' ' * depth}}}"
 
 
@@ -77,7 +76,13 @@ def _component(pipeline: Any, folder: str, module: torch.nn.Module, files: Path)
         for name, linear in linears.items()
     }
     names = sorted({source for layer in layers.values() if layer["fp8"] for source in layer["rows"]} | set(layers))
-    return {"layers": layers, "dropped": dropped, "alone": {name: _skipped(linears, name) for name in names}}
+    config = json.loads((files / "config.json").read_text())
+    return {
+        "class": config.get("_class_name") or config["architectures"][0],
+        "layers": layers,
+        "dropped": dropped,
+        "alone": {name: _skipped(linears, name) for name in names},
+    }
 
 
 def _linears(module: torch.nn.Module) -> dict[str, LinearBase]:
@@ -89,19 +94,26 @@ def _rows(pipeline: Any, folder: str, module: torch.nn.Module, files: Path) -> t
     found: dict[str, list[tuple[int, str]]] = {}
     dropped = []
     parameters = dict(module.named_parameters())
+    omni.unset(parameters)
     for file in sorted(files.glob("*.safetensors")):
         with safe_open(file, "pt") as shard:
             for name in shard.keys():  # noqa: SIM118  (no dict)
-                omni.unset(parameters)
                 pipeline.load_weights(iter([(f"{folder}.{name}", shard.get_tensor(name))]))
-                filled = {key: p for key, p in parameters.items() if not p.data.float().isnan().all()}
+                filled = {key: first for key, p in parameters.items() if (first := _first_row(p.data)) is not None}
                 if not filled:
                     dropped.append(name)
-                for key, parameter in filled.items():
-                    if key.endswith(".weight") and name.endswith(".weight") and parameter.dim() == 2:
-                        first = int((~parameter.data.float().isnan()).any(1).nonzero()[0])
+                for key, first in filled.items():
+                    if key.endswith(".weight") and name.endswith(".weight"):
                         found.setdefault(key.removesuffix(".weight"), []).append((first, name.removesuffix(".weight")))
+                omni.unset({key: parameters[key] for key in filled})
     return {key: [source for _, source in sorted(parts)] for key, parts in found.items()}, dropped
+
+
+def _first_row(parameter: torch.Tensor) -> int | None:
+    """The first row that has been set; a weight loader sets whole rows."""
+    column = parameter.reshape(parameter.shape[0], -1)[:, 0] if parameter.dim() else parameter.reshape(1)
+    rows = (~column.float().isnan()).nonzero()
+    return int(rows[0]) if len(rows) else None
 
 
 def _skipped(linears: dict[str, LinearBase], name: str) -> list[str]:
@@ -109,7 +121,3 @@ def _skipped(linears: dict[str, LinearBase], name: str) -> list[str]:
     config = Fp8Config(is_checkpoint_fp8_serialized=True, ignored_layers=[name])
     asked = [linear for linear in linears.values() if isinstance(linear.quant_method, Fp8LinearMethod)]
     return [x.prefix for x in asked if not isinstance(config.get_quant_method(x, x.prefix), Fp8LinearMethod)]
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
