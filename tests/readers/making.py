@@ -25,6 +25,8 @@ def main(out: Path, name: str, keywords: dict[str, Any] | None) -> None:
     from fp8_convert.converter import convert
 
     source = SOURCES[name]() if name in SOURCES else saved(name)
+    if keywords is not None and keywords.get("activation_scheme") == "static":
+        keywords["input_scales"] = _input_scales(source, keywords)
     if keywords is None:
         shutil.copytree(source, out)
     else:
@@ -50,7 +52,31 @@ def z_image_as_published() -> Path:
     return folder
 
 
-SOURCES: dict[str, Callable[[], Path]] = {"z_image_as_published": z_image_as_published}
+def wan22_as_published() -> Path:
+    """Its DiTs are FP32."""
+    from pipelines import saved
+
+    return saved("wan22", fp32_dits=True)
+
+
+def _input_scales(source: Path, keywords: dict[str, Any]) -> Path:
+    """Calibrated scales for every W8A8 module, from its name; a fusion group takes the largest of its members'."""
+    import torch
+    from safetensors.torch import save_file
+
+    from fp8_convert.converter import plan_conversion
+
+    plan = plan_conversion(source, **{**keywords, "activation_scheme": "dynamic"})
+    modules = [t.module for shard in plan.shards for t in shard.tensors if t.decision.mode == "w8a8"]
+    file = Path(tempfile.mkdtemp(prefix="fp8-convert-readers-")) / "input_scales.safetensors"
+    save_file({f"{module}.input_scale": torch.tensor(0.01 + len(module) / 1000) for module in modules}, file)
+    return file
+
+
+SOURCES: dict[str, Callable[[], Path]] = {
+    "z_image_as_published": z_image_as_published,
+    "wan22_as_published": wan22_as_published,
+}
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]))
