@@ -59,6 +59,34 @@ def wan22_as_published() -> Path:
     return saved("wan22", fp32_dits=True)
 
 
+def wan22_ti2v() -> Path:
+    """Wan2.2-TI2V-5B has one DiT and takes an image, or none, in its place in the timesteps."""
+    from pipelines import copied, saved
+
+    folder = copied(saved("wan22"), Path(tempfile.mkdtemp(prefix="fp8-convert-readers-")) / "wan22_ti2v")
+    shutil.rmtree(folder / "transformer_2")
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"transformer_2": [None, None], "boundary_ratio": None, "expand_timesteps": True}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+    return folder
+
+
+def wan22_i2v() -> Path:
+    """Wan2.2-I2V-A14B: the DiTs see the latents of an image beside the noise, so their patches have 36 channels."""
+    import torch
+    from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
+    from pipelines import BF16, wan22
+
+    pipeline = wan22()
+    sizes = {**pipeline.transformer.config, "in_channels": 36}
+    torch.manual_seed(0)
+    dits = {name: WanTransformer3DModel.from_config(sizes).to(BF16) for name in ("transformer", "transformer_2")}
+    parts = {**pipeline.components, **dits, "image_encoder": None, "image_processor": None}
+    folder = Path(tempfile.mkdtemp(prefix="fp8-convert-readers-")) / "wan22_i2v"
+    WanImageToVideoPipeline(**parts, boundary_ratio=0.9).save_pretrained(folder)
+    return folder
+
+
 def _input_scales(source: Path, keywords: dict[str, Any]) -> Path:
     """Calibrated scales for every W8A8 module, from its name; a fusion group takes the largest of its members'."""
     import torch
@@ -76,6 +104,8 @@ def _input_scales(source: Path, keywords: dict[str, Any]) -> Path:
 SOURCES: dict[str, Callable[[], Path]] = {
     "z_image_as_published": z_image_as_published,
     "wan22_as_published": wan22_as_published,
+    "wan22_ti2v": wan22_ti2v,
+    "wan22_i2v": wan22_i2v,
 }
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 
 import pipelines
 import pytest
+from safetensors import safe_open
 
 from fp8_convert.converter import convert
 from fp8_convert.converter.targets.vllm_omni import _DITS, is_layer_skipped
@@ -77,6 +78,40 @@ def test_an_encoder_under_the_config_of_the_dit_is_named_there(family: str, tmp_
     convert(pipelines.saved(family), tmp_path / "out", target="vllm-omni")
     config = json.loads((tmp_path / "out/transformer/config.json").read_text())["quantization_config"]
     assert {prefix for prefix, layer in encoder["layers"].items() if layer["fp8"]} <= {*config["ignored_layers"]}
+
+
+IGNORED = {"qwen_image": ["to_qkv", "txt_mlp"], "z_image": ["w13", "layers.0"], "wan22": ["blocks.0.ffn", "to_out"]}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_written_is_what_the_reader_expects_of_each_layer(family: str, tmp_path: Path) -> None:
+    convert(pipelines.saved(family), tmp_path / "out", target="vllm-omni", ignored_layers=IGNORED[family])
+    convert(pipelines.saved(family), tmp_path / "native", ignored_layers=IGNORED[family])
+    for name in ("transformer", "transformer_2"):
+        if component := FAMILIES[family]["components"].get(name):
+            assert misread(tmp_path / "out" / name, component) == []
+            assert misread(tmp_path / "native" / name, component) != []
+
+
+def misread(folder: Path, component: dict[str, Any]) -> list[str]:
+    """The modules of a converted DiT whose dtype is not what the reader takes them for, by its recorded rules."""
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    skipped = {prefix for name in config["ignored_layers"] for prefix in component["alone"].get(name, [])}
+    expected = {
+        row: layer["fp8"] and prefix not in skipped
+        for prefix, layer in component["layers"].items()
+        for row in layer["rows"]
+    }
+    (file,) = folder.glob("*.safetensors")
+    with safe_open(file, "pt") as shard:
+        weights = {name: shard.get_slice(name) for name in shard.keys() if name.endswith(".weight")}  # noqa: SIM118
+        fp8 = {
+            name.removesuffix(".weight"): weight.get_dtype() == "F8_E4M3"
+            for name, weight in weights.items()
+            if len(weight.get_shape()) == 2
+        }
+    assert fp8.keys() == expected.keys()
+    return [module for module in fp8 if fp8[module] != expected[module]]
 
 
 def test_no_family_tells_its_config_what_is_fused() -> None:

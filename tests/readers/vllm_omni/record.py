@@ -2,8 +2,8 @@
 
 For each component whose linears are built under the DiT's FP8 config there are
 
-- layers: every linear by its quantisation prefix (what `ignored_layers` is compared with; in brackets where it has
-  none): can it be FP8, and which of the checkpoint's modules are its rows, in order;
+- layers: every linear, PyTorch's own too, by its quantisation prefix (what `ignored_layers` is compared with; its name
+  in brackets where it has none): can it be FP8, and which of the checkpoint's modules are its rows, in order;
 - alone: for each of the checkpoint's modules, and each prefix, what a list of that one name skips.
 
 Nothing here knows a name: rows are found by loading one tensor at a time, skips by asking Fp8Config for each layer.
@@ -69,11 +69,9 @@ def _component(pipeline: Any, folder: str, module: torch.nn.Module, files: Path)
     linears = _linears(module)
     rows, dropped = _rows(pipeline, folder, module, files)
     layers = {
-        linear.prefix or f"({name})": {
-            "fp8": isinstance(linear.quant_method, Fp8LinearMethod),
-            "rows": rows.get(name, []),
-        }
-        for name, linear in linears.items()
+        getattr(child, "prefix", "") or f"({name})": {"fp8": _in_fp8(child), "rows": rows.get(name, [])}
+        for name, child in module.named_modules()
+        if isinstance(child, LinearBase | torch.nn.Linear)
     }
     names = sorted({source for layer in layers.values() if layer["fp8"] for source in layer["rows"]} | set(layers))
     config = json.loads((files / "config.json").read_text())
@@ -83,6 +81,10 @@ def _component(pipeline: Any, folder: str, module: torch.nn.Module, files: Path)
         "dropped": dropped,
         "alone": {name: _skipped(linears, name) for name in names},
     }
+
+
+def _in_fp8(module: torch.nn.Module) -> bool:
+    return isinstance(getattr(module, "quant_method", None), Fp8LinearMethod)
 
 
 def _linears(module: torch.nn.Module) -> dict[str, LinearBase]:
@@ -119,5 +121,5 @@ def _first_row(parameter: torch.Tensor) -> int | None:
 def _skipped(linears: dict[str, LinearBase], name: str) -> list[str]:
     """The layers that a list of this one name keeps in BF16."""
     config = Fp8Config(is_checkpoint_fp8_serialized=True, ignored_layers=[name])
-    asked = [linear for linear in linears.values() if isinstance(linear.quant_method, Fp8LinearMethod)]
+    asked = [linear for linear in linears.values() if _in_fp8(linear)]
     return [x.prefix for x in asked if not isinstance(config.get_quant_method(x, x.prefix), Fp8LinearMethod)]
