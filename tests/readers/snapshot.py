@@ -35,14 +35,17 @@ def _dequantise(tensors: dict[str, torch.Tensor], name: str, block: list[int] | 
 
 
 def read(component: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors and the metadata of a component in one file."""
-    (file,) = component.glob("*.safetensors")
-    with safe_open(file, "pt") as shard:
-        return {name: shard.get_tensor(name) for name in shard.keys()}, shard.metadata() or {}  # noqa: SIM118
+    """The tensors of a component, and the metadata of its last file."""
+    tensors, metadata = dict[str, torch.Tensor](), dict[str, str]()
+    for file in sorted(component.glob("*.safetensors")):
+        with safe_open(file, "pt") as shard:
+            tensors |= {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
+            metadata = shard.metadata() or {}
+    return tensors, metadata
 
 
 def rewrite(component: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    """Let `change` alter a component's tensors in place."""
+    """Let `change` alter the tensors of a component with one file, in place."""
     tensors, metadata = read(component)
     change(tensors)
     (file,) = component.glob("*.safetensors")

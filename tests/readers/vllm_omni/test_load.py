@@ -42,6 +42,7 @@ Z_IMAGE = "z_image_as_published"
         ("wan22", {"ignored_layers": ["attn1.to_q", "blocks.1.attn2.to_k"]}),
         ("wan22", {"components": ["transformer_2"]}),
         ("wan22_as_published", {}),
+        ("wan22", {"max_shard_size": "1MB"}),
         ("wan22_i2v", {"ignored_layers": ["blocks.0.ffn", "attn1.to_q"]}),
         ("wan22_ti2v", {"ignored_layers": ["blocks.0.attn2.to_out"]}),
         ("wan22", {"activation_scheme": "static"}),
