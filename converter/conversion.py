@@ -148,7 +148,7 @@ def convert(
     weight_block_size: (rows, columns) of a scale's block in the DiT; None is the manifest's choice (per tensor).
     activation_scheme: "dynamic", or "static" with input_scales, a safetensors file of `NAME.input_scale` scalars.
     max_shard_size: cuts larger output files, as in diffusers: bytes or such as "5GB"; None keeps the source's shards.
-    target: who is to read the output: "native" (this project's loader), or "vllm-omni".
+    target: who is to read the output: "native" (this project's loader), "vllm-omni", "sglang" or "comfyui".
     device: "cpu", "cuda" or "auto"; the bytes are the same. workers: CPU threads for the arithmetic.
     stream: for a Hub id, download shard by shard beside the conversion and keep none; needs room for two.
     force: replace a finished FP8 snapshot. check: read a finished one again and compare its digests.
@@ -192,7 +192,7 @@ def convert_with(
         plan,
         output,
         plan.bytes_to_read,
-        sum(s.size for s in plan.shards),
+        plan.weight_bytes,
         time.monotonic() - started,
         resumed,
         peak_rss(),

@@ -64,7 +64,7 @@ def _source_differences(record: Record, plan: Plan, files: Files, progress: Prog
             yield f"its source's {key} was {was!s:.80} and is now {value!s:.80}"
             return
     shards = {shard.source.path: shard.source for shard in plan.shards}
-    stated = {entry.source: entry for entry in record.shards.values()}
+    stated = {path: part for entry in record.shards.values() for path, part in entry.sources.items()}
     for path in sorted(stated.keys() ^ shards.keys()):
         yield f"its source {'had' if path in stated else 'had no'} {path}"
     if snapshot.commit is not None:

@@ -160,7 +160,7 @@ def inspect(path: str | os.PathLike[str], *, options: HubAccess | None = None) -
         snapshot.label,
         "fp8-convert, with a damaged record: run verify" if damaged else _tool(record, snapshot.components),
         f"{record.source.repo} @ {record.source.commit}" if record is not None and record.source.repo else None,
-        tuple(_view(c, recorded.get(c.name)) for c in snapshot.components),
+        tuple(_view(c, recorded.get(c.name), alone=snapshot.single_files) for c in snapshot.components),
         snapshot.commit,
         unfinished,
         record.recipe.target if record is not None else None,

@@ -78,7 +78,13 @@ def open_snapshot(source: str | os.PathLike[str], options: HubAccess) -> tuple[S
     if (folder / STAGING).is_dir() and not (folder / layout.RECORD_FILE).exists():
         raise LoadError(f"The conversion into {folder} is unfinished; run the same fp8-convert command again.")
     files = open_files(source, options)
-    return describe(files, variant=options.variant, allow_converted=True), files
+    snapshot = describe(files, variant=options.variant, allow_converted=True)
+    if snapshot.single_files:
+        raise LoadError(
+            f"{snapshot.label} was written with --target comfyui: files for ComfyUI's models folder, which diffusers "
+            "cannot load; convert the source again without that option, or with another target."
+        )
+    return snapshot, files
 
 
 def fetched(snapshot: Snapshot, files: Files, *, recorded: bool = False) -> Path:

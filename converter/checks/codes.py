@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..plan.plan import Plan, ShardPlan
+from ..plan.plan import ComponentPlan, Plan, ShardPlan
 from ..plan.sharding import OutputFile
 from ..stream.component_stream import convert_component
 from ..stream.engine import Engine
@@ -47,6 +47,39 @@ def compare_shard(
     return {shard.source.path: stream.sha256}
 
 
+def compare_single(
+    root: Path, component: ComponentPlan, supply: Supply, damaged: Collection[str]
+) -> Generator[Finding, None, dict[str, str]]:
+    """Compare the one file that a component gives; returns the digests of those source shards that were read."""
+    assert component.single is not None
+    single, (file,) = component.single, component.files
+    digests: dict[str, str] = {}
+    if not (root / file.path).is_file():
+        return digests
+    with contextlib.ExitStack() as opened:
+        fd = open_for_reading(root / file.path, file.path)
+        opened.callback(os.close, fd)
+        problem = _header_problem(fd, file)
+        if problem and file.path not in damaged:
+            yield Finding(file.path, problem)
+        if problem is not None and os.fstat(fd).st_size != file.size:
+            return digests  # the data need not lie as planned
+        differing: dict[str, None] = {}
+        try:
+            with Engine(workers=max(1, (os.cpu_count() or 2) - 1)) as engine:
+                for stream in convert_component(component, supply, engine, hashed=True):
+                    for chunk in stream.chunks:
+                        offset = len(file.header) + single.places[chunk.name] + chunk.offset
+                        if not _is_there(chunk, fd, offset, file.path):
+                            differing[chunk.name] = None
+                    digests[stream.plan.source.path] = stream.sha256
+        except ConvertError as error:
+            yield Finding(file.path, f"cannot be compared with its source: {error}")
+    for name in differing:
+        yield Finding(file.path, f"{name} differs from what the source gives")
+    return digests
+
+
 def _header_problem(fd: int, file: OutputFile) -> str | None:
     header = bytearray(min(os.fstat(fd).st_size, len(file.header)))
     read_exactly(fd, memoryview(header), 0, file.path)
@@ -61,10 +94,14 @@ def _differing(chunks: Iterator[Chunk], files: Sequence[tuple[OutputFile, int]])
         file, fd = next(((f, d) for f, d in files if f.start <= start and position <= f.stop), (None, -1))
         if file is None:
             continue
-        offset = len(file.header) + start - file.start
-        written = torch.empty(chunk.data.numel(), dtype=torch.uint8, device="cpu")
-        whole = offset + len(written) <= os.fstat(fd).st_size
-        if whole:
-            read_exactly(fd, written.numpy().data, offset, file.path)
-        if not (whole and torch.equal(written, chunk.data)):
+        if not _is_there(chunk, fd, len(file.header) + start - file.start, file.path):
             yield file.path, chunk.name
+
+
+def _is_there(chunk: Chunk, fd: int, offset: int, where: str) -> bool:
+    """Whether an open file has the chunk's bytes at `offset`."""
+    written = torch.empty(chunk.data.numel(), dtype=torch.uint8, device="cpu")
+    if offset + len(written) > os.fstat(fd).st_size:
+        return False
+    read_exactly(fd, written.numpy().data, offset, where)
+    return torch.equal(written, chunk.data)

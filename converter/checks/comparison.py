@@ -19,9 +19,10 @@ from ..format import layout
 from ..format.header import read_header
 from ..format.reader import as_json
 from ..format.record import Record, RecordedShard
-from ..output.journal import Done
+from ..output.journal import Done, Source
 from ..output.record import make_record
 from ..plan.manifest import Manifest, load_manifest, shipped
+from ..plan.plan import ComponentPlan
 from ..plan.planning import make_plan
 from ..plan.recipe import Recipe, recipe_sha256
 from ..plan.settings import Settings
@@ -31,9 +32,11 @@ from ..snapshot.locate import describe_source, fetch, local_folder, open_files
 from ..snapshot.snapshot import Snapshot
 from ..stream.reading import open_for_reading, read_exactly
 from ..stream.supply import FolderSupply
+from ..targets.choosing import TARGETS
+from ..targets.key_maps import key_map
 from ..telling.errors import ConvertError, ResumableError
 from ..telling.progress import Progress
-from .codes import compare_shard
+from .codes import compare_shard, compare_single
 from .finding import Finding
 
 # The settings that a record's recipe states as they were given.
@@ -85,6 +88,8 @@ def _check_components(root: Path, record: Record, snapshot: Snapshot) -> None:
     """Raise ConvertError unless the source has the components that the record names."""
     stated = record.classes
     given = snapshot.classes
+    if TARGETS[record.recipe.target].single_files and stated:  # components that it has no names for are left out
+        given = {name: class_name for name, class_name in given.items() if name in stated}
     if stated == given:
         return
     if "" in stated and "" not in given:
@@ -149,7 +154,12 @@ def compare(
     progress.start(plan.bytes_to_read)
     done: dict[str, Done] = {}
     supply = FolderSupply(original.files)
-    for shard in plan.shards:
+    for component in plan.components:
+        if component.single is not None:
+            digests = yield from compare_single(root, component, supply, damaged)
+            done[component.files[0].path] = _done_single(component, record, digests)
+            progress.advance(sum(shard.source.size for shard in component.shards))
+    for shard in (s for c in plan.components if c.single is None for s in c.shards):
         digests = yield from compare_shard(root, shard, plan, supply, damaged)
         for file in shard.files:
             stated = record.files.get(file.path)
@@ -164,6 +174,15 @@ def compare(
         done[path] = Done(path, size, content_sha256(original.files, path))
     yield from _compare_files(record, done, {f.path for f in plan.weight_files}, damaged)
     yield from _compare_record(record, make_record(plan, done))
+
+
+def _done_single(component: ComponentPlan, record: Record, digests: Mapping[str, str]) -> Done:
+    """The component's one file, with the digests of its source shards as far as they were read to their ends."""
+    file = component.files[0]
+    stated = record.files.get(file.path)
+    first, *others = (Source(s.source.path, s.source.size, digests.get(s.source.path, "")) for s in component.shards)
+    sha256 = stated.sha256 if stated else ""
+    return Done(file.path, file.size, sha256, first.size, first.sha256, others=tuple(others))
 
 
 def _compare_files(
@@ -206,7 +225,11 @@ def _expected_shard(given: RecordedShard, stated: RecordedShard | None) -> Recor
         return given
     # A source that could not be read to its end has no digest, and a finding.
     source_sha256 = given.source_sha256 or stated.source_sha256
-    return replace(given, size=stated.size, sha256=stated.sha256, source_sha256=source_sha256)
+    parts = tuple(
+        part if part.source_sha256 or part.source not in stated.sources else stated.sources[part.source]
+        for part in given.parts
+    )
+    return replace(given, size=stated.size, sha256=stated.sha256, source_sha256=source_sha256, parts=parts)
 
 
 def _differences(stated: Any, expected: Any, where: str) -> Iterator[str]:
@@ -231,8 +254,22 @@ def _recipe(root: Path, record: Record, original: Original) -> Recipe:
         return Settings.read(stated).resolve(original.snapshot, original.manifest)
     # The file of scales is not here, but the scales are.
     scheme, scales = stated.pop("activation_scheme"), _stored_input_scales(root, record)
+    if TARGETS[record.recipe.target].single_files:
+        scales = _native_scales(original.snapshot, scales)
     recipe = Settings.read(stated).resolve(original.snapshot, original.manifest)
     return replace(recipe, activation_scheme=scheme, input_scales=scales)
+
+
+def _native_scales(snapshot: Snapshot, scales: Mapping[str, float]) -> dict[str, float]:
+    """Input scales by the modules' names in the source, from those in single files."""
+    found = {}
+    for component in snapshot.components:
+        names = key_map(component.class_name, component.config)
+        for tensor in component.tensors if names is not None else ():
+            module = tensor.name.removesuffix(layout.WEIGHT)
+            if names is not None and module != tensor.name and (scale := scales.get(names.original_module(module))):
+                found[module] = scale
+    return found
 
 
 def _stored_input_scales(root: Path, record: Record) -> dict[str, float]:

@@ -24,6 +24,7 @@ from ..targets.choosing import TARGETS
 from ..targets.target import NATIVE, Target
 from ..telling.errors import ConvertError
 from .finding import Finding
+from .single_files import check_statement, original_groups
 
 _SCALE_BYTES_AT_ONCE = 1 << 20
 
@@ -54,7 +55,8 @@ def check_structure(root: Path, record: Record, found: list[Finding]) -> Sequenc
     files = LocalFiles(root)
     damaged = {f.path for f in found}
     try:
-        components = describe(files, allow_converted=True).components
+        snapshot = describe(files, allow_converted=True)
+        components = snapshot.components
     except ConvertError as error:
         if not any(path.endswith((".safetensors", ".json")) for path in damaged):  # else that is why
             found.append(Finding(".", str(error)))
@@ -73,6 +75,10 @@ def check_structure(root: Path, record: Record, found: list[Finding]) -> Sequenc
             found += _check_weights(root, component, fp8)
         missing = not component.config and component.path(CONFIG) in damaged
         if whole and recorded is not None and not missing:
+            if snapshot.single_files:
+                found += check_statement(component, fp8)
+                found += _check_shared_scales(root, component, original_groups(component, recorded.shared_scales))
+                continue
             found += _check_component(
                 root, component, recorded, fp8, _Ignored(TARGETS.get(record.recipe.target, NATIVE), components)
             )
@@ -84,7 +90,7 @@ def _without_configs(files: LocalFiles, record: Record) -> Iterator[Component]:
     for name, entry in record.components.items():
         shards = []
         for path, stated in record.shards.items():
-            if path.rpartition("/")[0] == name:
+            if stated.component_of(path) == name:
                 with contextlib.suppress(ConvertError):  # found by its digest, or by what describing it met
                     shards.append(Shard(path, stated.size, files.header(path)))
         yield Component(name, "", entry.class_, {}, "", tuple(shards), None)

@@ -49,7 +49,7 @@ def render_plan(plan: Plan, width: int | None = None) -> str:
     lines += [f"note: {note}" for note in plan.notes]
     lines += ["", described(plan.recipe.reader)]
     lines += [f"total: {plan.sizes} in {plural(len(plan.weight_files), 'file')}"]
-    before, after = plan.bytes_to_read, sum(s.size for s in plan.shards)
+    before, after = plan.bytes_to_read, plan.weight_bytes
     if plan.compact_saves > _WORTH_SAYING * after:
         lines.append(
             f"--compact would store the ignored DiT layers in FP8 too: {change(before, after - plan.compact_saves)}"

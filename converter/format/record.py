@@ -24,7 +24,7 @@ SEAL = "record_sha256"
 # Fields by the format that brought them: a record of that format or a newer one has them, an older one does not.
 _ADDED = {
     2: (("recipe", "max_shard_size"), ("components", "shared_scales")),
-    3: (("recipe", "target"),),
+    3: (("recipe", "target"), ("shards", "component"), ("shards", "parts")),
 }
 
 
@@ -87,14 +87,38 @@ class RecordedComponent(Brief):
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
+class RecordedPart(Brief):
+    """A source file beside the first one."""
+
+    source: str
+    source_size: int
+    source_sha256: str
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
 class RecordedShard(Brief):
-    """A safetensors file, and the one that it was made from."""
+    """A safetensors file, and the one that it was made from.
+
+    component: whose it is, where that is not the folder that it lies in. parts: the other files that it was made from.
+    """
 
     size: int
     sha256: str
     source: str
     source_size: int
     source_sha256: str
+    component: str | None = None
+    parts: tuple[RecordedPart, ...] = ()
+
+    @property
+    def sources(self) -> dict[str, RecordedPart]:
+        """Every file that it was made from, by path."""
+        first = RecordedPart(source=self.source, source_size=self.source_size, source_sha256=self.source_sha256)
+        return {part.source: part for part in (first, *self.parts)}
+
+    def component_of(self, path: str) -> str:
+        """The component that the file at `path` belongs to."""
+        return path.rpartition("/")[0] if self.component is None else self.component
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -199,7 +223,7 @@ def _contradictions(data: Mapping[str, Any], record: Record) -> Iterator[str]:
     """Fields that its format lacks or demands, names that are no paths below the snapshot, parts that do not fit."""
     for since, places in _ADDED.items():
         for part, key in places:
-            for entry in data["components"].values() if part == "components" else (data[part],):
+            for entry in data[part].values() if part in ("components", "shards") else (data[part],):
                 if (key in entry) != (record.format >= since):
                     yield f"{key!r} of {part!r} comes with the format {since}, and its format is {record.format}"
     for path in (*filter(None, record.components), *record.files):
@@ -208,5 +232,5 @@ def _contradictions(data: Mapping[str, Any], record: Record) -> Iterator[str]:
     for path, shard in record.shards.items():
         if record.files.get(path) != RecordedFile(size=shard.size, sha256=shard.sha256):
             yield f"its shards and files disagree about {path!r:.80}"
-        elif path.rpartition("/")[0] not in record.components:
+        elif shard.component_of(path) not in record.components:
             yield f"the shard {path!r:.80} is of no component"

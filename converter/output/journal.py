@@ -12,7 +12,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..format.layout import STAGING
 from .writing import disk_errors, write_small
@@ -20,9 +20,21 @@ from .writing import disk_errors, write_small
 JOURNAL_FILE = "journal.jsonl"
 
 
+class Source(NamedTuple):
+    """A source shard that was read; `stat` only speeds resuming."""
+
+    path: str
+    size: int
+    sha256: str
+    stat: tuple[int, ...] | None = None
+
+
 @dataclass(frozen=True)
 class Done:
-    """A finished output file. A shard's `source_*` tell what it was made from; `source_stat` only speeds resuming."""
+    """A finished output file. A shard's `source_*` tell what it was made from; `source_stat` only speeds resuming.
+
+    others: the source shards beside that one, of a file that several make.
+    """
 
     path: str
     size: int
@@ -30,6 +42,7 @@ class Done:
     source_size: int | None = None
     source_sha256: str | None = None
     source_stat: tuple[int, ...] | None = None
+    others: tuple[Source, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,10 +145,15 @@ def _done(entry: Mapping[str, Any]) -> Done | None:
     """The finished file that a line tells of, None for any other line."""
     stated = entry.get("source_stat")
     try:
-        done = Done(**{**entry, "source_stat": tuple(stated) if stated else None})
+        others = tuple(_source(*values) for values in entry.get("others", ()))
+        done = Done(**{**entry, "source_stat": tuple(stated) if stated else None, "others": others})
     except TypeError:
         return None
     return done if isinstance(done.path, str) else None
+
+
+def _source(path: str, size: int, sha256: str, stat: list[int] | None) -> Source:
+    return Source(path, size, sha256, tuple(stat) if stat else None)
 
 
 def _texts(values: Any) -> Iterator[str]:

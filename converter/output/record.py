@@ -17,6 +17,7 @@ from ..format.record import (
     RecordedComponent,
     RecordedDecision,
     RecordedFile,
+    RecordedPart,
     RecordedRecipe,
     RecordedShard,
     RecordedSource,
@@ -35,7 +36,9 @@ if TYPE_CHECKING:
 
 def make_record(plan: Plan, done: Mapping[str, Done]) -> Record:
     """The record of a finished conversion; `done` has every output file but the record itself."""
-    sources = {file.path: shard.source.path for shard in plan.shards for file in shard.files}
+    sources: dict[str, tuple[str, str | None]]
+    sources = {f.path: (s.source.path, None) for c in plan.components for s in c.shards for f in s.files}
+    sources |= {c.files[0].path: (c.shards[0].source.path, c.source.name) for c in plan.components if c.single}
     snapshot = plan.snapshot
     record = Record(
         format=layout.RECORD_FORMAT,
@@ -45,7 +48,7 @@ def make_record(plan: Plan, done: Mapping[str, Done]) -> Record:
         recipe=read_value(RecordedRecipe, plan.recipe.to_json(), "the recipe"),
         recipe_sha256=plan.recipe.sha256(),
         components={c.source.name: _component(c) for c in plan.components},
-        shards={path: _shard(done[path], sources[path]) for path in sorted(sources)},
+        shards={path: _shard(done[path], *sources[path]) for path in sorted(sources)},
         files={path: RecordedFile(size=d.size, sha256=d.sha256) for path, d in sorted(done.items())},
         record_sha256="",
     )
@@ -74,7 +77,7 @@ def _bytes(path: Path) -> bytes:
     return read_whole(path, str(path), layout.MAX_RECORD_BYTES)
 
 
-def _shard(done: Done, source: str) -> RecordedShard:
+def _shard(done: Done, source: str, component: str | None) -> RecordedShard:
     assert done.source_size is not None
     return RecordedShard(
         size=done.size,
@@ -82,6 +85,10 @@ def _shard(done: Done, source: str) -> RecordedShard:
         source=source,
         source_size=done.source_size,
         source_sha256=done.source_sha256 or "",  # in `verify`: of a source that could not be read to its end
+        component=component,
+        parts=tuple(
+            RecordedPart(source=other.path, source_size=other.size, source_sha256=other.sha256) for other in done.others
+        ),
     )
 
 

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 
 from ..format.layout import RECORD_FILE, encode_json
-from ..plan.plan import Plan, ShardPlan
+from ..plan.plan import ComponentPlan, Plan, ShardPlan
 from ..plan.sharding import OutputFile
+from ..plan.single_file import SingleFile
 from ..snapshot.files import Files, SourceFile
 from ..snapshot.hub import HubFiles
 from ..snapshot.locate import fetch
@@ -30,7 +31,8 @@ from ..stream.engine import Engine
 from ..stream.supply import FolderSupply, StreamedSupply, Supply
 from ..telling.errors import ConvertError, ResumableError
 from ..telling.progress import Progress
-from .journal import Done, Journal
+from .journal import Done, Journal, Source
+from .placed import PlacedWriter
 from .record import make_record
 from .space import SPARE_BYTES, check_space
 from .target import Target, open_target
@@ -80,7 +82,8 @@ def conversion_key(plan: Plan) -> str:
         (s.source.path, s.source.size, [(f.path, hashlib.sha256(f.header).hexdigest()) for f in s.files])
         for s in plan.shards
     ]
-    return hashlib.sha256(json.dumps([parts, shards]).encode()).hexdigest()
+    singles = [(f.path, hashlib.sha256(f.header).hexdigest()) for c in plan.components if c.single for f in c.files]
+    return hashlib.sha256(json.dumps([parts, shards, *singles]).encode()).hexdigest()
 
 
 def _supply(plan: Plan, files: Files, target: Target, *, streamed: bool) -> Supply:
@@ -118,12 +121,15 @@ def _kept_shards(plan: Plan, target: Target, supply: Supply, earlier: Journal | 
     if earlier is None:
         return {}
     kept: dict[str, list[Done]] = {}
+    for component in plan.components:
+        if component.single is not None and (whole := _kept_single(component, target, supply, earlier)) is not None:
+            kept |= {shard.source.path: [whole] for shard in component.shards}
     stale: set[tuple[str, str]] = set()
-    for shard in plan.shards:
+    for shard in (s for c in plan.components if c.single is None for s in c.shards):
         source = supply.find(shard.source)
         files = [earlier.done.get(file.path) for file in shard.files]
         finished = [done for done in files if done is not None and target.recheck(done)]
-        if len(finished) == len(shard.files) and all(_same_source(shard, source, done) for done in finished):
+        if len(finished) == len(shard.files) and all(_same_source(shard, source, _source(done)) for done in finished):
             kept[shard.source.path] = [replace(done, source_stat=source.stat if source else None) for done in finished]
         elif not _untouched(shard, source, earlier):
             stale |= {(shard.component, group) for group in shard.schedule.measured}
@@ -133,15 +139,33 @@ def _kept_shards(plan: Plan, target: Target, supply: Supply, earlier: Journal | 
     return kept
 
 
-def _same_source(shard: ShardPlan, source: SourceFile | None, done: Done) -> bool:
-    """Whether the finished file was made from the source as it is now."""
+def _kept_single(component: ComponentPlan, target: Target, supply: Supply, earlier: Journal) -> Done | None:
+    """The component's one file, if an earlier run finished it from the shards as they are now."""
+    done = earlier.done.get(component.files[0].path)
+    if done is None or not target.recheck(done):
+        return None
+    read = {source.path: source for source in (_source(done, component.shards[0].source.path), *done.others)}
+    for shard in component.shards:
+        before = read.get(shard.source.path)
+        if before is None or not _same_source(shard, supply.find(shard.source), before):
+            return None
+    return done
+
+
+def _source(done: Done, path: str = "") -> Source:
+    """What the finished file says of the first source shard that it was made from."""
+    return Source(path, done.source_size or 0, done.source_sha256 or "", done.source_stat)
+
+
+def _same_source(shard: ShardPlan, source: SourceFile | None, before: Source) -> bool:
+    """Whether a finished file was made from the source as it is now; `before` is what it says of it."""
     if shard.source.sha256 is not None:  # the Hub's word for it, at a fixed commit
-        return shard.source.sha256 == done.source_sha256
+        return shard.source.sha256 == before.sha256
     if source is None:  # a Hub's file without a digest: the commit is the same
         return True
-    if source.stat == done.source_stat:
+    if source.stat == before.stat:
         return True
-    return sha256_at(source.path, source.where) == done.source_sha256
+    return sha256_at(source.path, source.where) == before.sha256
 
 
 def _untouched(shard: ShardPlan, source: SourceFile | None, earlier: Journal) -> bool:
@@ -178,6 +202,9 @@ def _convert_shards(
                 component, supply, engine, shards=mine, hashed=True, on_measured=progress.advance
             )
             with contextlib.closing(streams):
+                if component.single is not None and mine:
+                    _write_single(component.single, streams, target, supply, progress)
+                    continue
                 for stream in streams:
                     written = _write_shard(stream, target, supply, commits, progress)
                     # The end of one shard is synced and read back while the next is converted.
@@ -228,6 +255,37 @@ def _write_shard(
             on_error.pop_all()
     progress.advance(shard.source.size - reported)
     return _Written(shard, stream.source, files, stream.sha256)
+
+
+def _write_single(
+    single: SingleFile, streams: Iterator[ShardStream], target: Target, supply: Supply, progress: Progress
+) -> None:
+    """Write every shard of a component into its one file, which counts once it is whole."""
+    file = single.file
+    sources: list[Source] = []
+    with PlacedWriter(target.staged(file.path), file.size, file.path) as writer:
+        writer.write(memoryview(file.header), 0)
+        for extra in single.extras:
+            position = len(file.header) + single.start_of(extra)
+            for piece in supply.files.pieces(extra.file) if extra.file else ():
+                writer.write(memoryview(piece), position)
+                position += len(piece)
+        for stream in streams:
+            shard, outputs = stream.plan.source, stream.plan.schedule.outputs
+            written = reported = 0
+            for chunk in stream.chunks:
+                writer.write(chunk.data.cpu().numpy().data, len(file.header) + single.places[chunk.name] + chunk.offset)
+                written += chunk.data.numel()
+                share = shard.size * written // max(1, outputs[-1].end)
+                progress.advance(share - reported)
+                reported = share
+            progress.advance(shard.size - reported)
+            _check_read(stream, target, supply)
+            sources.append(Source(shard.path, shard.size, stream.sha256, stream.source.stat))
+            supply.done(shard)  # a file that is interrupted begins anew, and fetches it again
+        sha256 = writer.commit()
+    first, *others = sources
+    target.add(Done(file.path, file.size, sha256, first.size, first.sha256, first.stat, tuple(others)))
 
 
 def _check_read(stream: ShardStream, target: Target, supply: Supply) -> None:

@@ -112,7 +112,7 @@ def _config(
     kept = [t.module for t in tensors if t.decision.kind == "Linear" and not t.decision.fp8]
     ignored = recipe.reader.ignored_layers(component, kept, components)
     layers = [Layer(t.module, t.decision.kind, t.decision.format) for t in tensors if t.decision.kind is not None]
-    if problem := next(recipe.reader.problems(component, layers, ignored, components), None):
+    if problem := next(recipe.reader.problems(component, layers, ignored), None):
         raise ConvertError(f"{component.label} cannot be written for --target {recipe.target}: {problem}.")
     config = layout.quantization_config(
         native=native,

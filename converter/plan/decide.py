@@ -102,13 +102,16 @@ def decide(
     user_patterns: Sequence[str] = (),
     compact: bool = False,
     block: Block | None = None,
+    storage: WeightFormat = STORAGE_FORMAT,
 ) -> tuple[list[PlannedTensor], list[str]]:
     """Decide every tensor of one component; returns the decisions in order and notes for the user.
 
     user_patterns: `--ignored-layers`, already expanded by `expand_aliases`; they keep what they match in the
-    source dtype. block: block size of the component's own mode, None for per-tensor scales.
+    source dtype. block: block size of the component's own mode, None for per-tensor scales. storage: what `compact`
+    stores linears in.
     """
-    decided = [PlannedTensor(t, _decide_one(t, rules, modules, user_patterns, compact, block)) for t in tensors]
+    stored = storage if compact else None
+    decided = [PlannedTensor(t, _decide_one(t, rules, modules, user_patterns, stored, block)) for t in tensors]
     return _make_groups_whole(decided, rules.fusion_groups, user_patterns)
 
 
@@ -137,7 +140,7 @@ def _decide_one(
     rules: ComponentRules,
     modules: ModuleMap,
     user_patterns: Sequence[str],
-    compact: bool,
+    storage: WeightFormat | None,
     block: Block | None,
 ) -> Decision:
     if not tensor.name.endswith(WEIGHT):
@@ -159,10 +162,10 @@ def _decide_one(
     if asked := next((p for p in user_patterns if matches(p, module)), None):
         return Decision(asked, "ignored layer that the user named", kind)
     if ignored := rules.rule_for(rules.ignored_layers, module):
-        stored = rules.rule_for(rules.storage_layers, module) if compact else None
-        if stored is None:
+        stored = rules.rule_for(rules.storage_layers, module) if storage else None
+        if stored is None or storage is None:
             return Decision(ignored.pattern, ignored.why, kind)
-        how = STORAGE_FORMAT if kind == "Linear" else WeightFormat(STORAGE)
+        how = storage if kind == "Linear" else WeightFormat(STORAGE)
         chosen = Decision(stored.pattern, stored.why, kind, how)
     elif eligible := rules.rule_for(rules.eligible, module):
         how = WeightFormat(rules.mode, block if kind == "Linear" else None)

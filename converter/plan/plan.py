@@ -19,6 +19,7 @@ from .recipe import Recipe
 from .schedule import Schedule, scale_domain
 from .sharding import OutputFile
 from .showing import plan_html, plan_json
+from .single_file import SingleFile
 
 
 @dataclass(frozen=True, repr=False)
@@ -43,13 +44,22 @@ class ShardPlan(Brief):
 
 @dataclass(frozen=True, repr=False)
 class ComponentPlan(Brief):
-    """One component: its decisions and what is written for it. `rules` is None where nothing is converted."""
+    """One component: its decisions and what is written for it. `rules` is None where nothing is converted.
+
+    single: the one file that all shards go into, for readers that want it so; the shards have no files then.
+    """
 
     source: Component
     rules: ComponentRules | None
     shards: tuple[ShardPlan, ...]
     config: Mapping[str, Any] | None
     problem: str | None
+    single: SingleFile | None = None
+
+    @property
+    def files(self) -> tuple[OutputFile, ...]:
+        """The component's safetensors files."""
+        return (self.single.file,) if self.single else tuple(file for shard in self.shards for file in shard.files)
 
     @property
     def tensors(self) -> Iterable[PlannedTensor]:
@@ -59,6 +69,8 @@ class ComponentPlan(Brief):
     def weight_bytes(self) -> tuple[int, int]:
         """Bytes of all tensors before and after, scales included."""
         before = sum(t.nbytes for t in self.source.tensors)
+        if self.single is not None:
+            return before, self.single.file.stop
         return before, sum(s.schedule.outputs[-1].end for s in self.shards if s.schedule.outputs)
 
 
@@ -90,7 +102,7 @@ class Plan:
     @property
     def sizes(self) -> str:
         """What becomes of the weights' files, in words."""
-        return change(self.bytes_to_read, sum(s.size for s in self.shards))
+        return change(self.bytes_to_read, self.weight_bytes)
 
     @property
     def shards(self) -> tuple[ShardPlan, ...]:
@@ -99,7 +111,12 @@ class Plan:
     @property
     def weight_files(self) -> tuple[OutputFile, ...]:
         """The output's safetensors files."""
-        return tuple(file for shard in self.shards for file in shard.files)
+        return tuple(file for component in self.components for file in component.files)
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Size of the output's safetensors files."""
+        return sum(file.size for file in self.weight_files)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -109,7 +126,7 @@ class Plan:
     @cached_property
     def bytes_to_write(self) -> int:
         """Size of the whole output but for the record."""
-        written = sum(s.size for s in self.shards) + sum(len(f) for f in self.files.values())
+        written = self.weight_bytes + sum(len(f) for f in self.files.values())
         return written + sum(self.sidecars.values())
 
     @cached_property

@@ -17,12 +17,13 @@ from ..telling.errors import ConvertError
 from ..telling.quantities import byte_count
 from .component import encode_index, plan_component
 from .coverage import integer_note, kept_note, nothing_converted, unnamed_notes, why_unnamed
-from .decide import PlannedTensor, check_patterns, decide, expand_aliases, keep_all
-from .manifest import ComponentRules
+from .decide import STORAGE_FORMAT, PlannedTensor, check_patterns, decide, expand_aliases, keep_all
+from .manifest import ComponentRules, Rule
 from .matching import Match, components_of, match_entries, match_tables, refuse_problems, why_unmatched
 from .plan import ComponentPlan, Plan
 from .recipe import Recipe
 from .schedule import MEMORY, Memory
+from .single_files import single_files
 from .unquantized import check_unquantized
 
 _MOST_NOTES = 4  # on files that are left out for one reason
@@ -36,6 +37,9 @@ def make_plan(snapshot: Snapshot, recipe: Recipe, memory: Memory = MEMORY) -> Pl
     refuse_problems(recipe.manifest, match_tables(recipe.manifest, snapshot))
     chosen = {c.name: _rules_of(c, recipe, snapshot.components) for c in snapshot.components}
     _check_components(snapshot, recipe, chosen)
+    converted = [name for name, rules in chosen.items() if rules is not None]
+    if problem := recipe.reader.snapshot_problem(snapshot.components, converted):
+        raise ConvertError(problem)
     maps = {c.name: module_map(c) for c in snapshot.components if chosen[c.name] is not None}
     _check_entries(snapshot, recipe, maps)
     decisions, notes, problems = _decide_all(snapshot, recipe, chosen, maps)
@@ -48,8 +52,12 @@ def make_plan(snapshot: Snapshot, recipe: Recipe, memory: Memory = MEMORY) -> Pl
         plan_component(c, chosen[c.name], decisions[c.name], recipe, problems.get(c.name), memory, snapshot.components)
         for c in snapshot.components
     )
+    if recipe.reader.single_files:
+        return single_files(snapshot, recipe, components, notes)
     files = _json_files(components)
+    of_target = recipe.reader.notes(snapshot.components)
     notes = [*snapshot.remarks, *_left_out_notes(snapshot.left_out), *notes, *_compact_notes(recipe, components)]
+    notes += of_target
     sidecars = {path: size for path, size in snapshot.sidecars.items() if path not in files}
     return Plan(snapshot, recipe, components, files, sidecars, tuple(notes))
 
@@ -98,7 +106,10 @@ def _rules_of(component: Component, recipe: Recipe, components: Sequence[Compone
     rules = recipe.manifest.rules_for(component.name, component.class_name)
     selected = not recipe.components or component.name in recipe.components
     wanted = selected and recipe.reader.why_kept(component, components) is None
-    return rules if rules is not None and rules.mode != "keep" and wanted else None
+    if rules is None or rules.mode == "keep" or not wanted:
+        return None
+    kept = tuple(Rule(pattern, why) for pattern, why in recipe.reader.kept_layers(component))
+    return replace(rules, never_layers=(*kept, *rules.never_layers))
 
 
 def _check_components(snapshot: Snapshot, recipe: Recipe, chosen: Mapping[str, ComponentRules | None]) -> None:
@@ -185,6 +196,7 @@ def _decide_all(
                 block=recipe.reader.block(
                     component, (recipe.block if rules.runs_in_fp8 else None) or rules.weight_block_size
                 ),
+                storage=replace(STORAGE_FORMAT, block=recipe.reader.block(component, STORAGE_FORMAT.block)),
             )
             notes += said
         decisions[component.name] = {t.info.name: t for t in decided}

@@ -14,6 +14,7 @@ from ..format.layout import RECORD_FILE
 from ..telling.errors import ConvertError
 from .files import MAX_NAME_BYTES, Files, read_json
 from .sidecars import beside_weights
+from .single_files import describe_single_files
 from .snapshot import CONFIG, MODEL_INDEX, STEMS, Component, Shard, Snapshot
 from .weights import check_tensors, choose_weights
 
@@ -44,6 +45,8 @@ def describe(files: Files, *, variant: str | None = None, allow_converted: bool 
         library = "diffusers" if "_class_name" in config else "transformers"
         found = [_component(files, "", library, _class_name(config), variant, None, remarks)]
         pipeline, folders, root_is_component = None, set(), True
+    elif RECORD_FILE in sizes:
+        return describe_single_files(files)
     else:
         raise ConvertError(
             f"{files.label} is not a diffusers snapshot: it has neither {MODEL_INDEX} nor {CONFIG}; "

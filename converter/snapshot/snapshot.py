@@ -67,7 +67,7 @@ class Snapshot(Brief):
     """A described snapshot.
 
     sidecars: bytes of the files to carry over as they are, weights and indices excluded, by path. remarks: sentences on
-    what is unusual in it, for the user.
+    what is unusual in it, for the user. single_files: it was written for a reader of single files, without configs.
     """
 
     label: str
@@ -78,6 +78,7 @@ class Snapshot(Brief):
     sidecars: Mapping[str, int]
     left_out: tuple[LeftOut, ...] = ()
     remarks: tuple[str, ...] = ()
+    single_files: bool = False
 
     @property
     def classes(self) -> dict[str, str | None]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from .comfyui import Comfyui
+from .sglang import Sglang
 from .target import NATIVE, Target
 from .vllm_omni import VllmOmni
 
-TARGETS: dict[str, Target] = {target.name: target for target in (NATIVE, VllmOmni())}
+TARGETS: dict[str, Target] = {target.name: target for target in (NATIVE, VllmOmni(), Sglang(), Comfyui())}
 
 
 def described(target: Target) -> str:

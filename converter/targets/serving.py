@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 
 from .target import Layer
 
-# Whether a runtime leaves the module `name` unquantised, given the list and the members of fused modules by their last
-# segment. Raises ValueError where it refuses the list.
-SkipRule = Callable[[str, Collection[str], Mapping[str, Sequence[str]]], bool]
+SkipRule = Callable[[str, Collection[str]], bool]
+"""Whether a runtime leaves the module of this name, in its own spelling, unquantised, given `ignored_layers`."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +66,7 @@ class Dit:
             if not runs_fp8 and layer.format is not None:
                 yield f"{runtime} builds {module} without FP8 and would read the codes of {layer.name} as weights"
                 continue
-            try:
-                skipped = skips(module, ignored, self.fused)
-            except ValueError:
-                yield f"{runtime} refuses to run {module} partly in FP8, and {layer.name} is not what its siblings are"
-                continue
+            skipped = skips(module, ignored)
             if runs_fp8 and skipped and layer.format is not None:
                 yield f"{runtime} would skip {module} and read the codes of {layer.name} as weights"
             if runs_fp8 and not skipped and layer.format is None:

@@ -37,6 +37,7 @@ _DITS: Mapping[str, Dit] = {
 }
 # Pipelines whose text encoder vLLM-Omni builds from its own linears, under the DiT's config, as a causal model.
 _OWN_ENCODER = ("ZImageTransformer2DModel",)
+_SECOND_DIT = "transformer_2"
 
 
 class VllmOmni(Target):
@@ -75,33 +76,40 @@ class VllmOmni(Target):
             names |= {name for c in components if c.library == "transformers" for name in _encoder_linears(c)}
         return names
 
-    def problems(
-        self, component: Component, layers: Sequence[Layer], ignored: Collection[str], components: Sequence[Component]
-    ) -> Iterator[str]:
+    def snapshot_problem(self, components: Sequence[Component], converted: Collection[str]) -> str | None:
+        for component in components:
+            if component.class_name in _OWN_ENCODER and not any(c.library == "transformers" for c in components):
+                return (
+                    f"vLLM-Omni builds the text encoder beside {component.class_name} under the DiT's config, and it "
+                    "is not here to be named there; convert the whole pipeline."
+                )
+            if component.name == _SECOND_DIT and component.name not in converted and "transformer" in converted:
+                return (
+                    f"vLLM-Omni reads {component.name} under the config of transformer if its own states nothing, so "
+                    f"one cannot be FP8 without the other; add --component {component.name}."
+                )
+        return None
+
+    def notes(self, components: Sequence[Component]) -> Iterator[str]:
+        if any(c.class_name in _OWN_ENCODER for c in components):
+            for encoder in (c for c in components if c.library == "transformers"):
+                if not all(re.match(r"(model|lm_head)\.", t.name) for t in encoder.tensors):
+                    yield (
+                        f"vLLM-Omni does not find the weights of {encoder.label}, converted or not: it wants them as "
+                        "Qwen3ForCausalLM saves them, under model."
+                    )
+
+    def problems(self, component: Component, layers: Sequence[Layer], ignored: Collection[str]) -> Iterator[str]:
         dit = _DITS.get(component.class_name or "")
         if dit is not None:
             yield from dit.problems(layers, ignored, is_layer_skipped, "vLLM-Omni")
-            if component.class_name in _OWN_ENCODER and not any(c.library == "transformers" for c in components):
-                yield (
-                    f"vLLM-Omni builds the text encoder beside {component.class_name} under the same config, and it "
-                    "is not here to be named in it; convert the whole pipeline"
-                )
         elif component.library == "diffusers":
             yield f"this target knows how vLLM-Omni runs {', '.join(_DITS)}, and not {component.class_name}"
 
 
-def is_layer_skipped(name: str, ignored: Collection[str], fused: Mapping[str, Sequence[str]]) -> bool:
-    """vLLM's rule: exact names; a fused module by its own name, or by those of all its members.
-
-    Raises ValueError where some members are named and others are not, which vLLM refuses.
-    """
-    parent, _, last = name.rpartition(".")
-    if name in ignored or last not in fused:
-        return name in ignored
-    named = {f"{parent}.{member}" in ignored for member in fused[last]}
-    if len(named) > 1:
-        raise ValueError(name)
-    return named.pop()
+def is_layer_skipped(name: str, ignored: Collection[str]) -> bool:
+    """vLLM's rule in vLLM-Omni: exact names. Which modules are fused is not bound there: their members name nothing."""
+    return name in ignored
 
 
 def _encoder_linears(component: Component) -> Iterator[str]:
