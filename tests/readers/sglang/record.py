@@ -14,21 +14,21 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import logging
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from runtime import Fp8Config, Fp8LinearMethod, LinearBase, build, get_param_names_mapping, hf_to_custom_state_dict
+from dit_loader import build, destination
 from safetensors import safe_open
+from sglang.multimodal_gen.runtime.layers.linear import LinearBase
+from sglang.multimodal_gen.runtime.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod
 
 PACKAGES = ("sglang", "torch", "transformers", "diffusers")
 BLOCK = [2, 2]  # divides the tiny dimensions; SGLang takes any
 
 
 def main(snapshots: Path, out: Path) -> None:
-    logging.disable(logging.CRITICAL)
     families = {folder.name: _dit(folder / "transformer") for folder in sorted(snapshots.iterdir()) if folder.is_dir()}
     head = {
         "reader": "SGLang",
@@ -45,8 +45,8 @@ def _dit(component: Path) -> dict[str, Any]:
     linears = {name: child for name, child in per_tensor.named_modules() if isinstance(child, LinearBase)}
     rows: dict[str, list[tuple[int, str]]] = {}
     for module in modules:
-        target, part = _mapped(per_tensor, f"{module}.weight")
-        rows.setdefault(target.removesuffix(".weight"), []).append((part or 0, module))
+        target, part = destination(per_tensor, f"{module}.weight")
+        rows.setdefault(target.removesuffix(".weight"), []).append((part, module))
     layers = {
         linear.prefix or f"({name})": {
             "fp8": isinstance(linear.quant_method, Fp8LinearMethod),
@@ -72,24 +72,14 @@ def _checkpoint_modules(component: Path) -> list[str]:
     found = []
     for file in sorted(component.glob("*.safetensors")):
         with safe_open(file, "pt") as shard:
-            for name in shard.keys():
+            for name in shard.keys():  # noqa: SIM118
                 if name.endswith(".weight") and len(shard.get_slice(name).get_shape()) == 2:
                     found.append(name.removesuffix(".weight"))
     return found
 
 
-def _mapped(model: torch.nn.Module, name: str) -> tuple[str, int | None]:
-    """The parameter that a tensor of the files goes to, and which part of it, if of several."""
-    valid = set(model.state_dict())
-    names = get_param_names_mapping(model.param_names_mapping, valid_target_names=valid)
-    ((target, (_, part, _)),) = hf_to_custom_state_dict({name: torch.empty(0)}, names, valid_target_names=valid)[
-        1
-    ].items()
-    return target, part
-
-
 def _has(model: torch.nn.Module, name: str) -> bool:
-    return _mapped(model, name)[0] in model.state_dict()
+    return destination(model, name)[0] in model.state_dict()
 
 
 def _skipped(component: Path, name: str, layers: dict[str, Any]) -> list[str]:
