@@ -21,7 +21,7 @@ class ComponentReport(Brief):
     """One component. Counts are of FP8 modules by mode; bytes are of parameters and buffers.
 
     `missing` are promised modules that are not FP8, `extra` FP8 ones that nobody promised. `backends` counts
-    "product: reason" of the W8A8 linears, on the device where they are now.
+    "product: reason" of the W8A8 linears, on the device where they are now. `notes` are sentences about the rest.
     """
 
     name: str
@@ -35,6 +35,7 @@ class ComponentReport(Brief):
     bytes_at_rest: int
     bytes_in_bf16: int
     backends: Mapping[str, int]
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -44,7 +45,14 @@ class ComponentReport(Brief):
     def to_json(self) -> dict[str, Any]:
         """Everything, for scripts."""
         counts = {key: dict(getattr(self, key)) for key in ("expected", "installed", "backends")}
-        return {"ok": self.ok, **vars(self), **counts, "missing": [*self.missing], "extra": [*self.extra]}
+        return {
+            "ok": self.ok,
+            **vars(self),
+            **counts,
+            "missing": [*self.missing],
+            "extra": [*self.extra],
+            "notes": [*self.notes],
+        }
 
 
 @dataclass(frozen=True, repr=False)
@@ -128,11 +136,12 @@ def _counts(component: ComponentReport) -> str:
 
 
 def _remarks(component: ComponentReport) -> list[str]:
-    """What runs how, and the first modules that are not as promised."""
+    """What runs how, the first modules that are not as promised, and what else there is to know."""
     return [
         *(f"{count} linears run {backend}" for backend, count in component.backends.items()),
         *(f"NOT FP8: {name}" for name in component.missing[:5]),
         *(f"unexpectedly FP8: {name}" for name in component.extra[:5]),
+        *component.notes,
     ]
 
 
@@ -165,7 +174,20 @@ def _component(name: str, model: nn.Module) -> ComponentReport:
         at_rest,
         at_rest - scales + codes,
         products,
+        _notes(model),
     )
+
+
+def _notes(model: nn.Module) -> tuple[str, ...]:
+    """Whether transformers widened FP8 weights while it loaded them: of that the model keeps its converter alone."""
+    converters = getattr(model, "_weight_conversions", None) or ()
+    operations = {
+        type(operation).__name__ for one in converters for operation in getattr(one, "operations", None) or ()
+    }
+    if "Fp8Dequantize" not in operations:
+        return ()
+    dtype = str(getattr(model, "dtype", "")).removeprefix("torch.")
+    return (f"transformers dequantised its FP8 weights to {dtype} while loading; load_pipeline keeps them FP8",)
 
 
 def _running_device(model: nn.Module, module: Fp8Weight) -> torch.device:

@@ -1,7 +1,8 @@
-"""SGLang's diffusion server: dotted-segment containment, unfused projections but for Z-Image, VAE through diffusers.
+"""SGLang's diffusion server: dotted-segment containment, unfused projections but for Z-Image, VAE in BF16.
 
 Read from SGLang 0.5.23: `srt/layers/quantization/utils.py` (the skip rule), `multimodal_gen/runtime/models/dits/`
-(modules and their prefixes) and `multimodal_gen/configs/models/dits/` (names of tensors).
+(modules and their prefixes) and `multimodal_gen/configs/models/dits/` (names of tensors). `tests/readers/sglang` runs
+them, and `tests/converter/targets/recorded/sglang.json` is what they said.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from ..snapshot.snapshot import Component
 from .serving import Dit
 from .target import Layer, Target
 
-_DITS: Mapping[str, Dit] = {
+DITS: Mapping[str, Dit] = {
     "QwenImageTransformer2DModel": Dit(
         fp8=r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
         r"|(img|txt)_mlp\.net\.(0\.proj|2)|(img|txt)_mod\.1)|img_in|txt_in|proj_out",
@@ -34,6 +35,7 @@ _DITS: Mapping[str, Dit] = {
         ),
     ),
 }
+_FOUND_BY_MEMBERS = {"w13": ("w1", "w3")}
 # Of the fused projections of Z-Image SGLang maps block scales alone, and of w1 and w3 no scales at all.
 _BLOCKS = {"ZImageTransformer2DModel": (128, 128)}
 _KEPT = {
@@ -57,9 +59,9 @@ class Sglang(Target):
     def why_kept(self, component: Component, components: Sequence[Component]) -> str | None:
         if component.library != "diffusers":
             return "SGLang builds text encoders from classes of its own, which were not checked with FP8"
-        if component.class_name in _DITS or "Transformer" in (component.class_name or ""):
+        if component.class_name in DITS or "Transformer" in (component.class_name or ""):
             return None  # of a DiT that is not known `problems` says so
-        return "SGLang loads it through diffusers, which reads no FP8"
+        return "SGLang loads it with no FP8"
 
     def kept_layers(self, component: Component) -> Sequence[tuple[str, str]]:
         return _KEPT.get(component.class_name or "", ())
@@ -70,13 +72,13 @@ class Sglang(Target):
     def ignored_layers(
         self, component: Component, kept: Iterable[str], components: Sequence[Component]
     ) -> Collection[str]:
-        dit = _DITS.get(component.class_name or "")
+        dit = DITS.get(component.class_name or "")
         return set(kept) if dit is None else dit.spellings(kept)
 
     def problems(self, component: Component, layers: Sequence[Layer], ignored: Collection[str]) -> Iterator[str]:
-        dit = _DITS.get(component.class_name or "")
+        dit = DITS.get(component.class_name or "")
         if dit is None:
-            yield f"this target knows how SGLang runs {', '.join(_DITS)}, and not {component.class_name}"
+            yield f"this target knows how SGLang runs {', '.join(DITS)}, and not {component.class_name}"
             return
         yield from dit.problems(layers, ignored, is_layer_skipped, "SGLang")
 
@@ -84,6 +86,9 @@ class Sglang(Target):
 def is_layer_skipped(name: str, ignored: Collection[str]) -> bool:
     """SGLang's rule: a name is skipped if an entry's dotted segments stand somewhere in it, one after the other.
 
-    SGLang's DiTs do not tell their configs what they fuse, so a fused module is found by its own name alone.
+    Of the fused modules SGLang's DiTs tell their configs w13 alone: it is looked for by the names of its members, all
+    of them or none (SGLang refuses some), and to_qkv by its own.
     """
-    return any(f".{entry}." in f".{name}." for entry in ignored)
+    parent, _, last = name.rpartition(".")
+    names = [f"{parent}.{member}" for member in _FOUND_BY_MEMBERS.get(last, (last,))] if parent else [name]
+    return all(any(f".{entry}." in f".{each}." for entry in ignored) for each in names)

@@ -4,10 +4,14 @@ import dataclasses
 import json
 from html.parser import HTMLParser
 
+import pipelines
+import pytest
 import torch
 from runs import converted
 from torch import nn
+from transformers import Qwen3Model
 
+from fp8_convert.converter.snapshot.building import quiet_libraries
 from fp8_convert.loader import Report, load_pipeline, report
 from fp8_convert.loader.report import ComponentReport
 
@@ -78,7 +82,7 @@ def test_scripts_get_everything() -> None:
             {
                 "ok": False, "name": "<vae>", "class_name": "A&B", "device": "cpu", "dtype": "torch.bfloat16",
                 "expected": {"storage": 2}, "installed": {"storage": 1}, "missing": ["layers.<0>"], "extra": ["other"],
-                "bytes_at_rest": 10, "bytes_in_bf16": 20, "backends": {},
+                "bytes_at_rest": 10, "bytes_in_bf16": 20, "backends": {}, "notes": [],
             }
         ],
     }  # fmt: skip
@@ -93,3 +97,24 @@ def test_printing_stays_as_it_is() -> None:
         "Linear                                 none       0.000       0.000  cpu, bfloat16",
         "all                                               0.000       0.000  every promised module is FP8",
     ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="transformers dequantises where there is no GPU")
+def test_a_text_encoder_that_transformers_dequantised_is_named() -> None:
+    """Loaded by transformers alone and passed in, it is BF16, and nothing else of it tells."""
+    folder = converted("z_image") / "text_encoder"
+    with quiet_libraries():
+        encoder = Qwen3Model.from_pretrained(folder, dtype=torch.bfloat16)
+    assert encoder.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    told = report(load_pipeline(converted("z_image"), device="cpu", text_encoder=encoder))
+    says = "transformers dequantised its FP8 weights to bfloat16 while loading; load_pipeline keeps them FP8"
+    assert {c.name: c.notes for c in told.components} == {"text_encoder": (says,), "transformer": (), "vae": ()}
+    assert says in str(told)
+    assert says in told._repr_html_()
+    assert [says] in [component["notes"] for component in told.to_json()["components"]]
+
+
+def test_a_text_encoder_that_was_never_fp8_has_no_note() -> None:
+    with quiet_libraries():
+        encoder = Qwen3Model.from_pretrained(pipelines.saved("z_image") / "text_encoder", dtype=torch.bfloat16)
+    assert report(encoder).components[0].notes == ()

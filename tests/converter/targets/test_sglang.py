@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors import safe_open
 from fp8_convert.converter import ConvertError, convert, plan_conversion, verify
 from fp8_convert.converter.format.layout import W8A8, WeightFormat
 from fp8_convert.converter.snapshot.snapshot import Component
-from fp8_convert.converter.targets.sglang import Sglang, is_layer_skipped
+from fp8_convert.converter.targets.sglang import DITS, Sglang, is_layer_skipped
 from fp8_convert.converter.targets.target import Layer
 
 
@@ -84,10 +85,58 @@ def test_a_class_that_the_target_does_not_know_is_refused() -> None:
         ("blocks.0.attn2.to_out", "blocks.0.to_out", False),
         ("blocks.0.ffn.fc_in", "blocks.0.ffn", True),
         ("blocks.10.ffn.fc_in", "blocks.1", False),
+        ("layers.0.feed_forward.w13", "layers.0.feed_forward.w13", False),  # looked for by its members
+        ("layers.0.attention.to_qkv", "layers.0.attention.to_qkv", True),
+        ("layers.0.attention.to_qkv", "layers.0.attention.to_q", False),
     ],
 )
 def test_the_rule_of_skipping(name: str, ignored: str, skipped: bool) -> None:
     assert is_layer_skipped(name, {ignored}) is skipped
+
+
+def test_a_fused_gate_is_skipped_where_both_of_its_members_are_named() -> None:
+    assert is_layer_skipped("layers.0.feed_forward.w13", {"layers.0.feed_forward.w1", "layers.0.feed_forward.w3"})
+
+
+# What SGLang's own code said: tests/readers/sglang/record.py.
+
+_RECORDED = json.loads((Path(__file__).parent / "recorded" / "sglang.json").read_text())["families"]
+
+
+@pytest.fixture(params=[*_RECORDED])
+def recorded(request: pytest.FixtureRequest) -> dict[str, Any]:
+    found: dict[str, Any] = _RECORDED[request.param]
+    return found
+
+
+def test_every_linear_has_the_name_that_sglang_gives_it(recorded: dict[str, Any]) -> None:
+    dit = DITS[recorded["class"]]
+    for name, layer in recorded["layers"].items():
+        for module in layer["rows"]:
+            assert bool(re.fullmatch(dit.fp8, module)) is layer["fp8"], module
+            if layer["fp8"]:
+                assert (dit.fused_name(module) or dit.name(module)) == name
+        if len(layer["rows"]) > 1:
+            last = name.rpartition(".")[2]
+            assert [module.rpartition(".")[2] for module in layer["rows"]] == [*dit.fused[last]]
+
+
+def test_a_list_of_one_name_skips_what_it_skips_in_sglang(recorded: dict[str, Any]) -> None:
+    fp8 = [name for name, layer in recorded["layers"].items() if layer["fp8"]]
+    for entry, skipped in recorded["alone"].items():
+        if not any(name.startswith("refused") for name in skipped):
+            assert [name for name in sorted(fp8) if is_layer_skipped(name, {entry})] == skipped, entry
+
+
+def test_nothing_is_fp8_whose_scale_sglang_drops(recorded: dict[str, Any]) -> None:
+    target, class_name = Sglang(), recorded["class"]
+    dit = Component("transformer", "diffusers", class_name, {}, "diffusion_pytorch_model", (), None)
+    scale = "weight_scale" if target.block(dit, None) is None else "weight_scale_inv"
+    kept = [pattern.removeprefix("re:") for pattern, _ in target.kept_layers(dit)]
+    modules = {module for layer in recorded["layers"].values() if layer["fp8"] for module in layer["rows"]}
+    fp8 = {module for module in modules if not any(re.fullmatch(pattern, module) for pattern in kept)}
+    assert fp8
+    assert fp8 <= {*recorded["scales"][scale]}
 
 
 def test_a_short_name_that_skips_a_layer_with_codes_is_refused() -> None:
