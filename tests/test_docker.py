@@ -200,6 +200,23 @@ def test_what_cannot_be_baked_is_said(
     assert not (tmp_path / "layers").exists()
 
 
+def test_a_branch_that_moves_meanwhile(bake: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    newer, run = copied(saved("z_image"), tmp_path / "newer"), bake.subprocess.run
+    (newer / "README.md").write_text("newer")
+
+    def moving(*arguments: Any, **more: Any) -> Any:
+        done = run(*arguments, **more)
+        hub.add_repo(MODEL, newer)
+        return done
+
+    with running_hub(monkeypatch, tmp_path / "home") as hub:
+        planned = hub.add_repo(MODEL, saved("z_image"))
+        monkeypatch.setattr(bake.subprocess, "run", moving)
+        bake.main(["--cache", str(tmp_path / "cache"), "--layers", str(tmp_path / "layers"), "--", MODEL])
+        record = json.loads((tmp_path / "layers" / "00" / "model" / "fp8_convert.json").read_text())
+    assert record["source"]["commit"] == planned
+
+
 def test_a_folder_has_no_commit(bake: Any, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="is a folder; give the id of a Hub repository"):
         bake.main(["--cache", str(tmp_path), "--layers", str(tmp_path / "layers"), "--", str(saved("z_image"))])

@@ -216,6 +216,8 @@ def _recipe(record: Record) -> str:
 
 
 def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_value(entry)}" for key, entry in value.items())
     if isinstance(value, list):
         return ", ".join(map(_value, value)) or "none"
     return "none" if value is None else str(value)

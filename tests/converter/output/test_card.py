@@ -176,8 +176,9 @@ def test_it_claims_no_quality(record: Record) -> None:
 
 def test_merged_loras_are_said_before_anything_else(record: Record) -> None:
     recipe = {f.name: getattr(record.recipe, f.name) for f in fields(record.recipe)}
-    merged = replace(record, recipe=Recipe(**recipe, merged_loras=({"sha256": "abc", "scale": 0.8},)))
+    merged = replace(record, recipe=Recipe(**{**recipe, "merged_loras": ({"sha256": "abc", "scale": 0.8},)}))
     assert "Before, 1 LoRA went into them" in card(merged).partition("## Sizes")[0]
+    assert "| `merged_loras` | `sha256 abc, scale 0.8` |" in card(merged)
 
 
 # Readers
