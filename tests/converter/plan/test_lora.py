@@ -234,5 +234,5 @@ def test_what_diffusers_would_leave_out(tmp_path: Path) -> None:
     """It takes a fused projection for a copy of the split ones beside it, whatever is in it."""
     names = {"lora_unet_layers_0_attention_qkv": (384, 128), "lora_unet_layers_0_attention_to_q": (128, 128)}
     state = renamed(pairs(names), ("lora_A", "lora.down"), ("lora_B", "lora.up"))
-    with pytest.raises(ConvertError, match="diffusers leaves out some of the LoRA x.safetensors when it reads it for"):
+    with pytest.raises(ConvertError, match=r"diffusers leaves out some of the LoRA x.safetensors when it reads it for"):
         read(write(tmp_path / "x.safetensors", state), describe(LocalFiles(saved("z_image"))))
