@@ -301,7 +301,7 @@ def drop(*keys: str) -> Callable[[Any], None]:
 @pytest.mark.parametrize(
     ("change", "names"),
     [
-        pytest.param(put(4, "format"), "has the format 4, and this version reads 1 to 3", id="a newer format"),
+        pytest.param(put(3, "format"), "has the format 3, and this version reads 1 to 2", id="a newer format"),
         pytest.param(put(1, "format"), "'max_shard_size' of 'recipe' comes with the format 2", id="an older format"),
         pytest.param(put(True, "format"), "has the format True", id="no format"),
         pytest.param(put(1, "more"), "the record has the unknown key 'more'", id="an unknown key"),
