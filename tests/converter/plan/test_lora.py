@@ -228,3 +228,11 @@ def test_a_fused_projection_is_split(tmp_path: Path) -> None:
     assert sorted(module for _, module in lora.changes) == [f"layers.0.attention.to_{x}" for x in "kqv"]
     up = torch.cat([lora.changes["transformer", f"layers.0.attention.to_{x}"].b for x in "qkv"])
     assert torch.equal(up, fused["lora_unet_layers_0_attention_qkv.lora_B.weight"])
+
+
+def test_what_diffusers_would_leave_out(tmp_path: Path) -> None:
+    """It takes a fused projection for a copy of the split ones beside it, whatever is in it."""
+    names = {"lora_unet_layers_0_attention_qkv": (384, 128), "lora_unet_layers_0_attention_to_q": (128, 128)}
+    state = renamed(pairs(names), ("lora_A", "lora.down"), ("lora_B", "lora.up"))
+    with pytest.raises(ConvertError, match=r"diffusers leaves out some of the LoRA x.safetensors when it reads it for"):
+        read(write(tmp_path / "x.safetensors", state), describe(LocalFiles(saved("z_image"))))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from shards import Weights, fp8, random_tensor, whole
 
@@ -134,6 +134,7 @@ def _merged_bytes(tensor: reference.Tensor, change: LowRank) -> reference.Tensor
     return dtype, shape, merged(weight, change).flatten().view(torch.uint8).numpy().tobytes()
 
 
+@settings(max_examples=20)
 @given(st.sampled_from(SIZES), st.integers(1, 4), st.integers(1, 3), st.sampled_from(["BF16", "F32"]))
 def test_any_slots_and_threads(
     tmp_path_factory: pytest.TempPathFactory, memory: Memory, workers: int, readers: int, dtype: str
