@@ -109,8 +109,8 @@ def _origin(record: Record, data: Mapping[str, Any]) -> str:
     calibrated = record.recipe.input_scales_sha256 is not None
     scales = "with calibrated activation scales" if calibrated else "without training or calibration"
     lines = [
-        f"Weights of {_made_from(record)}, as `float8_e4m3fn` where a manifest says that it is safe: "
-        f"{change(before, after)}. Converted by fp8-convert {_text(record.tool_version)}, {scales}."
+        f"Weights of {_made_from(record)}, as `float8_e4m3fn` where the manifest `{_code(record.recipe.manifest)}` says "
+        f"so: {change(before, after)}. Converted by fp8-convert {_text(record.tool_version)}, {scales}."
     ]
     if loras := as_json(record.recipe).get("merged_loras"):
         lines.append(f"Before, {plural(len(loras), 'LoRA')} went into them, which the recipe below names by digest.")
