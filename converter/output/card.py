@@ -108,8 +108,9 @@ def _origin(record: Record, data: Mapping[str, Any]) -> str:
     before, after = _totals(record)
     calibrated = record.recipe.input_scales_sha256 is not None
     scales = "with calibrated activation scales" if calibrated else "without training or calibration"
+    manifest = _code(record.recipe.manifest)
     lines = [
-        f"Weights of {_made_from(record)}, as `float8_e4m3fn` where a manifest says that it is safe: "
+        f"Weights of {_made_from(record)}, as `float8_e4m3fn` where the manifest `{manifest}` says so: "
         f"{change(before, after)}. Converted by fp8-convert {_text(record.tool_version)}, {scales}."
     ]
     if loras := as_json(record.recipe).get("merged_loras"):
