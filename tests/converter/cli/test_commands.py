@@ -197,7 +197,7 @@ def test_summary_in_one_line(tmp_path: Path) -> None:
     assert line.startswith(f"wrote {tmp_path / 'out'}: ")
     for part in (" -> ", "%) in ", " GB/s, peak RSS ", " MiB)"):
         assert part in line
-    assert readers.startswith("target native: for fp8-convert's own load_pipeline; for other readers see --target (")
+    assert readers.startswith("target native: for fp8-convert's own load_pipeline; other targets: ")
 
 
 def test_inspect_converted(converted: Path) -> None:
