@@ -28,6 +28,7 @@ from fp8_convert.converter import (
 )
 from fp8_convert.converter.cli.commands import main
 from fp8_convert.converter.targets.key_maps import key_map
+from fp8_convert.converter.telling.progress import Silent
 from fp8_convert.loader import load_component, load_pipeline
 from fp8_convert.loader.weights import Fp8Weight
 
@@ -242,6 +243,32 @@ def test_again_is_already_done(tmp_path: Path) -> None:
         import_checkpoint(source, tmp_path / "out")
     assert not import_checkpoint(source, tmp_path / "out", force=True).already_done
     assert load_file(tmp_path / "out" / DIT)[name] == tensors[name] * 2
+
+
+class Stops(Silent):
+    """Stops the work when so many bytes of sources were read."""
+
+    def __init__(self, left: int) -> None:
+        super().__init__()
+        self.left = left
+
+    def advance(self, count: int) -> None:
+        self.left -= count
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_import_is_resumed(tmp_path: Path) -> None:
+    plain = weights()
+    source = as_folder(foreign.channel(plain, linears(plain)), tmp_path / "source")
+    first = (source / "text_encoder" / "model.safetensors").stat().st_size
+    with pytest.raises(KeyboardInterrupt):
+        import_checkpoint(source, tmp_path / "out", progress=Stops(first + 1000))
+    assert not (tmp_path / "out" / "model_index.json").exists()
+    assert import_checkpoint(source, tmp_path / "out").resumed_shards == 1
+    import_checkpoint(source, tmp_path / "whole")
+    for file in (p for p in (tmp_path / "whole").rglob("*") if p.is_file()):
+        assert file.read_bytes() == (tmp_path / "out" / file.relative_to(tmp_path / "whole")).read_bytes()
 
 
 # What is refused
