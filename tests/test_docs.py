@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,11 +14,11 @@ from click.testing import CliRunner
 from hub_server import HubServer, running_hub
 from pipelines import copied, saved
 
-from fp8_convert.converter import convert, verify
+from fp8_convert.converter import convert
 from fp8_convert.converter.cli.commands import main
 
 ROOT = Path(__file__).parent.parent
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -44,30 +43,13 @@ def commands() -> list[str]:
     return [line.partition("#")[0].strip() for line in lines if line.startswith("fp8-convert ")]
 
 
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # in the Hub's client, when it uploads
 def test_commands_of_the_readme(reader: HubServer) -> None:
     assert len(commands()) > 5
     for command in commands():
         shutil.rmtree("out", ignore_errors=True)
         result = CliRunner().invoke(main, shlex.split(command)[1:], catch_exceptions=False)
         assert result.exit_code == 0, f"{command}: {result.output}"
-
-
-def test_the_dockerfile(reader: HubServer) -> None:
-    """Its commands run, and what it copies into the image is the whole snapshot."""
-    (dockerfile,) = fences(ROOT / "README.md", "dockerfile")
-    lines = dockerfile.replace("\\\n", " ").replace("$REVISION", "main").replace("/models", "models")
-    commands = [
-        line.partition("fp8-convert ")[2] for line in lines.splitlines() if re.match(r"RUN .*\bfp8-convert ", line)
-    ]
-    assert [c.split()[0] for c in commands] == ["Qwen/Qwen-Image", "verify"]
-    for command in commands:
-        result = CliRunner().invoke(main, shlex.split(command), catch_exceptions=False)
-        assert result.exit_code == 0, result.output
-    (collect,) = re.findall(r"^RUN (mkdir .*)", lines, re.MULTILINE)
-    subprocess.run(collect, shell=True, check=True)
-    for source, target in re.findall(r"^COPY --from=bake (\S+) (\S+)", lines, re.MULTILINE):
-        shutil.copytree(source, f"image/{target}", dirs_exist_ok=True)
-    assert verify("image/models/qwen-image-fp8").ok
 
 
 def test_converting_in_python(reader: HubServer) -> None:
