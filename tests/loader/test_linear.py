@@ -82,7 +82,8 @@ def test_rows_of_very_different_size_keep_their_precision(device: torch.device, 
     exact = x.double() @ source.weight.double().t()
     expected = reference(layer, x).t()
     for row, out in enumerate(layer(x).t()):
-        assert_close(out, expected[row])
+        error = (out.double() - expected[row]).norm() / expected[row].norm()
+        assert error < 2 * TOLERANCE[device.type][dtype]  # of sixteen numbers alone, so twice that of many
         assert (out.double() - exact[:, row]).norm() / exact[:, row].norm() < 0.1
 
 
