@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test check lint faults clean
+.PHONY: demo test check lint faults test-readers clean
 
 demo: $(VENV)/ready
 	$(BIN)/fp8-convert demo
@@ -23,6 +23,11 @@ lint: $(VENV)/ready-test
 # Hundreds of random kills, full disks and read errors: some twenty minutes.
 faults: $(VENV)/ready-test
 	FP8_CONVERT_FAULTS=300 FP8_CONVERT_FUZZ=2000 $(BIN)/python -m pytest tests/converter/output/test_faults.py tests/converter/test_hostile.py tests/converter/test_memory.py -s
+
+# Other programs read what this one writes, with their own code: an environment of some 2 GB for each, ten minutes in all.
+# `make test-readers READERS=vllm_omni` is one of them; READERS_HOME says where the environments are.
+test-readers: $(VENV)/ready-test
+	$(BIN)/python tests/readers/run.py $(READERS)
 
 clean:
 	rm -rf $(VENV) converter/stream/*.so build dist demo-out demo-out.png .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

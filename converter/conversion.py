@@ -103,6 +103,7 @@ def plan_conversion(
     input_scales: str | os.PathLike[str] | None = None,
     max_shard_size: int | str | None = None,
     target: str = "native",
+    merge_lora: Sequence[Any] = (),
     options: HubAccess | None = None,
     progress: Progress | None = None,
 ) -> Plan:
@@ -125,6 +126,7 @@ def convert(
     input_scales: str | os.PathLike[str] | None = None,
     max_shard_size: int | str | None = None,
     target: str = "native",
+    merge_lora: Sequence[Any] = (),
     device: str = "auto",
     workers: int | None = None,
     stream: bool = False,
@@ -148,7 +150,9 @@ def convert(
     weight_block_size: (rows, columns) of a scale's block in the DiT; None is the manifest's choice (per tensor).
     activation_scheme: "dynamic", or "static" with input_scales, a safetensors file of `NAME.input_scale` scalars.
     max_shard_size: cuts larger output files, as in diffusers: bytes or such as "5GB"; None keeps the source's shards.
-    target: who is to read the output: "native" (this project's loader), "vllm-omni", "sglang" or "comfyui".
+    target: who is to read the output: "native" (this project's loader), "vllm-omni", "sglang", or "comfyui" (one file a
+    component, for ComfyUI's folders).
+    merge_lora: LoRAs to add to the weights first: each "[COMPONENT=]FILE.safetensors[:SCALE]", or file and scale.
     device: "cpu", "cuda" or "auto"; the bytes are the same. workers: CPU threads for the arithmetic.
     stream: for a Hub id, download shard by shard beside the conversion and keep none; needs room for two.
     force: replace a finished FP8 snapshot. check: read a finished one again and compare its digests.
@@ -178,8 +182,8 @@ def convert_with(
     started = time.monotonic()
     files = open_files(source, access)
     plan = _plan(files, settings, access, progress)
-    _check_outside(output, source)
-    digest = None if work.force else _finished_already(plan, files, output, work.check, progress)
+    check_outside(output, source)
+    digest = None if work.force else finished_already(plan, files, output, work.check, progress)
     already, resumed = digest is not None, 0
     if digest is None:
         from .output.run import run
@@ -220,7 +224,7 @@ def peak_rss() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _finished_already(plan: Plan, files: Files, output: Path, check: bool, progress: Progress) -> str | None:
+def finished_already(plan: Plan, files: Files, output: Path, check: bool, progress: Progress) -> str | None:
     """The digest of the finished snapshot in `output`, if that is what `plan` gives; None if there is none.
 
     Raises ConvertError for a finished snapshot that is another one, or damaged.
@@ -252,7 +256,7 @@ def _headline(files: Files, manifest: str | None) -> str | None:
     return f"{files.label} ({where}), manifest {name}"
 
 
-def _check_outside(output: Path, source: str | os.PathLike[str]) -> None:
+def check_outside(output: Path, source: str | os.PathLike[str]) -> None:
     check_text(output, "The output folder")
     if not Path(source).is_dir():
         return

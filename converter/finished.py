@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .format import layout
-from .format.reader import as_json
-from .format.record import Record
+from .format.reader import as_json, read_value
+from .format.record import Record, RecordedLora
 from .output.folder import refuse_foreign
 from .output.writing import sha256_at
 from .plan.plan import Plan
@@ -53,8 +53,16 @@ def _recipe_differences(record: Record, plan: Plan) -> Iterator[str]:
         yield f"its record has the format {record.format}, and this version writes {layout.RECORD_FORMAT}"
     recorded = as_json(record.recipe)
     for key, value in plan.recipe.to_json().items():
-        if (stated := recorded.get(key)) != value:
+        stated = recorded.get(key)
+        if stated != value and key == "merged_loras":
+            now = read_value(tuple[RecordedLora, ...], value, "the LoRAs")
+            yield f"it was made with {_listed(record.recipe.merged_loras)}, and now it is {_listed(now)}"
+        elif stated != value:
             yield f"{key} was {stated!r:.80} and is now {value!r:.80}"
+
+
+def _listed(loras: Iterable[RecordedLora]) -> str:
+    return ", ".join(map(str, loras)) or "no LoRA"
 
 
 def _source_differences(record: Record, plan: Plan, files: Files, progress: Progress) -> Iterator[str]:
@@ -63,17 +71,18 @@ def _source_differences(record: Record, plan: Plan, files: Files, progress: Prog
         if (was := getattr(source, key)) != value:
             yield f"its source's {key} was {was!s:.80} and is now {value!s:.80}"
             return
-    shards = {shard.source.path: shard.source for shard in plan.shards}
+    sizes = {shard.source.path: shard.source.size for shard in plan.shards}
+    sizes |= {e.file: e.nbytes for c in plan.components if c.single for e in c.single.extras if e.file}
     stated = {path: part for entry in record.shards.values() for path, part in entry.sources.items()}
-    for path in sorted(stated.keys() ^ shards.keys()):
+    for path in sorted(stated.keys() ^ sizes.keys()):
         yield f"its source {'had' if path in stated else 'had no'} {path}"
     if snapshot.commit is not None:
         return  # a commit does not change
     progress.start(plan.bytes_to_read)
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1), "fp8-hash") as threads:
-        both = sorted(stated.keys() & shards.keys())
+        both = sorted(stated.keys() & sizes.keys())
         for path, sha256 in zip(both, threads.map(lambda path: _sha256(files, path), both), strict=True):
-            progress.advance(shards[path].size)
+            progress.advance(sizes[path])
             if sha256 != stated[path].source_sha256:
                 yield f"its source's {path} has changed"
     progress.close()

@@ -16,7 +16,7 @@ from typing import Any
 
 from .format import layout
 from .format.header import TensorInfo, read_header
-from .format.record import Record, RecordedComponent, read_record, record_problem
+from .format.record import Record, RecordedComponent, RecordedLora, read_record, record_problem
 from .output.unfinished import Unfinished, find_unfinished, is_published
 from .plan.recipe import ACTIVATION_SCHEMES
 from .snapshot.access import HubAccess
@@ -102,6 +102,7 @@ class Inspection:
     commit: str | None = None
     unfinished: Unfinished | None = None
     target: str | None = None
+    merged_loras: tuple[RecordedLora, ...] = ()
 
     def __repr__(self) -> str:
         fp8 = sum(g.tensors for c in self.components for g in c.groups if g.what == "fp8")
@@ -164,6 +165,7 @@ def inspect(path: str | os.PathLike[str], *, options: HubAccess | None = None) -
         snapshot.commit,
         unfinished,
         record.recipe.target if record is not None else None,
+        () if record is None else record.recipe.merged_loras,
     )
 
 
@@ -361,7 +363,7 @@ def _why(what: str, kind: str | None, dtype: str, record: RecordedComponent | No
     for d in record.decisions if record is not None else ():
         if (d.rule, d.kind) == ("component", None):  # kept as a whole, whatever is in it
             return d.why
-        if d.mode is None and d.kind == kind and dtype in d.dtypes:
+        if d.mode is None and d.kind == kind and dtype in d.dtypes and d.bytes_after:
             counts[d.rule] += d.dtypes[dtype]
     if counts:
         return "; ".join(f"{rule} ({count})" for rule, count in counts.items())

@@ -8,17 +8,19 @@ no reason to stop: what can still be read is still checked. Nothing in the folde
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from .checks.comparison import compare, described, open_original
-from .checks.digests import check_files
+from .checks.digests import check_files, has_own_card
 from .checks.finding import Finding
 from .checks.structure import check_structure
 from .format import layout
 from .format.layout import STAGING
 from .output.record import check_record, load_record
+from .plan.settings import Settings
 from .snapshot.access import HubAccess
 from .snapshot.files import require_folder
 from .telling.errors import ConvertError
@@ -60,35 +62,43 @@ class Verification:
         return {"ok": self.ok, **asdict(self)}
 
 
-def verify(
-    path: str | os.PathLike[str],
-    *,
-    source: str | os.PathLike[str] | None = None,
-    manifest: str | None = None,
-    options: HubAccess | None = None,
-    progress: Progress | None = None,
-) -> Verification:
-    """Check a converted snapshot; with `source` (a folder or a Hub id), also against what it was made from.
-
-    manifest: the manifest it was converted with, where that was one of your own. Raises ConvertError where there is
-    nothing to verify: no converted snapshot, or a source or manifest that cannot be read or is another one's.
-    """
-    root = Path(path)
-    progress = progress or Silent()
-    options = options or HubAccess()
+def require_finished(root: Path) -> None:
+    """Raise ConvertError unless `root` is the folder of a conversion that has finished."""
     require_folder(root)
     if not (root / layout.RECORD_FILE).is_file():
         advice = "run its conversion again" if (root / STAGING).exists() else "give the folder that fp8-convert wrote"
         raise ConvertError(
             f"{root} has no {layout.RECORD_FILE}, so it is not a snapshot that fp8-convert finished; {advice}."
         )
+
+
+def verify(
+    path: str | os.PathLike[str],
+    *,
+    source: str | os.PathLike[str] | None = None,
+    manifest: str | None = None,
+    merge_lora: Sequence[Any] = (),
+    options: HubAccess | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Check a converted snapshot; with `source` (a folder or a Hub id), also against what it was made from.
+
+    manifest: the manifest it was converted with, where that was one of your own. merge_lora: the LoRAs that were
+    merged, as for `convert`. Raises ConvertError where there is nothing to verify: no converted snapshot, or a source,
+    manifest or LoRA that cannot be read or is another one's.
+    """
+    root = Path(path)
+    progress = progress or Silent()
+    options = options or HubAccess()
+    require_finished(root)
     if problem := check_record(root):  # nothing else can be believed
         return Verification(str(root), 1, 0, None, (Finding(layout.RECORD_FILE, problem),))
     record = load_record(root)
     assert record is not None
     original = None
     if source is not None:  # before the long work: what is wrong with the options is said at once
-        original = open_original(root, record, source, manifest, options)
+        loras = Settings.read({"merge_lora": merge_lora}).merge_lora
+        original = open_original(root, record, source, manifest, loras, options)
     progress.start(sum(file.size for file in record.files.values()))
     found = [*check_files(root, record, progress)]
     progress.close()
@@ -97,4 +107,6 @@ def verify(
         found += compare(root, record, original, {f.path for f in found}, progress)
     tensors = sum(len(s.header.tensors) for s in shards)
     compared, notes = (None, ()) if original is None else described(original.snapshot, record)
+    if has_own_card(root, record):
+        notes = (*notes, f"{layout.CARD} is not checked: it was written after the conversion, to present the snapshot")
     return Verification(str(root), len(record.files) + 1, tensors, compared, tuple(found), notes)

@@ -25,23 +25,23 @@ def install(
     """Change `module` in place into its FP8 form, its codes and scales not yet filled; returns it.
 
     how: mode "w8a8" is for `nn.Linear`, "storage" for `nn.Linear`, `nn.Conv2d`, `nn.Conv3d` and their subclasses.
-    name: for messages. The plain weight is dropped. Raises TypeError for a module of another kind, ValueError for a
-    block that the activation scheme or the weight's shape does not allow.
+    name: for messages. The plain weight is dropped. Raises TypeError for a module of another kind, ValueError for
+    scales that the activation scheme or the weight's shape does not allow.
     """
     where = f"{name} ({type(module).__name__})" if name else type(module).__name__
     if isinstance(module, Fp8Weight):
         raise TypeError(f"{where} is FP8 already")
     static = activation_scheme == "static" and how.mode == W8A8
-    if static and how.block:
+    if static and not how.per_tensor:
         raise ValueError(f"{where}: static activation scales go with per-tensor weights, not with {how.scheme}")
     if isinstance(module, nn.Linear):
         if type(module).forward is not nn.Linear.forward:
             raise TypeError(f"{where} has a forward of its own, which FP8 weights would bypass: ignore this layer")
         if how.mode == W8A8:
-            made = become_fp8(module, W8A8LinearMixin, how.block, dtype, device, static)
+            made = become_fp8(module, W8A8LinearMixin, how, dtype, device, static)
             cast(W8A8LinearMixin, made).backend = backend
             return made
-        return become_fp8(module, StorageLinearMixin, how.block, dtype, device)
+        return become_fp8(module, StorageLinearMixin, how, dtype, device)
     if isinstance(module, (nn.Conv2d, nn.Conv3d)) and how.mode == STORAGE:
-        return become_fp8(module, StorageConvMixin, how.block, dtype, device)
+        return become_fp8(module, StorageConvMixin, how, dtype, device)
     raise TypeError(f"{where} cannot hold FP8 weights in mode {how.mode!r}")

@@ -3,7 +3,7 @@
 Per token:        scale[m] = max(max|x[m, :]| / 448, 2^-126);  codes = e4m3_rne(clamp(x * (1 / scale[m]), -448, 448))
 Per 1x128 group:  the same over x[m, 128g : 128g + 128], scales column-major (what cuBLAS wants)
 Static:           codes = e4m3_rne(clamp(x * (1 / input_scale), -448, 448))
-Weights:          w = dtype(float32(codes) * scale), one rounding, per tensor or per block
+Weights:          w = dtype(float32(codes) * scale), one rounding, per tensor, per row or per block
 
 The floor keeps a row of zeros at zero: its codes are 0 and its scale is finite. NaN and Inf stay visible,
 they poison their own row and no other. Each function has a torch form, which is the definition, and a Triton
@@ -47,8 +47,8 @@ def _fast(x: Tensor) -> ModuleType | None:
 def quantize_rows(x: Tensor, factor: Tensor, kept: bool = False) -> tuple[Tensor, Tensor]:
     """Per-token codes of `x` [M, K] (bf16, fp16 or fp32; rows may be strided), and the scales times `factor`.
 
-    `factor` is float32 of shape (): the weight's scale. Returns codes [M, K] float8_e4m3fn, scales [M, 1] float32.
-    With `kept` they may lie in memory that the next such call of this thread, on this stream, writes over.
+    `factor` is float32 of shape (): the weight's scale, or one. Returns codes [M, K] float8_e4m3fn, scales [M, 1]
+    float32. With `kept` they may lie in memory that the next such call of this thread, on this stream, writes over.
     """
     fast = _fast(x)
     if fast is not None:
@@ -96,7 +96,7 @@ def expand_scale(scale: Tensor, block: tuple[int, int], shape: torch.Size) -> Te
 def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype, block: tuple[int, int] | None = None) -> Tensor:
     """The weight that `codes` and `scale` stand for, in `dtype`, as a new tensor of the codes' shape.
 
-    `codes` is float8_e4m3fn, contiguous, of two or more dimensions; `scale` float32, shape () or, with
+    `codes` is float8_e4m3fn, contiguous, of two or more dimensions; `scale` float32, shape (), [N, 1] or, with
     `block`, [ceil(N / bn), ceil(K / bk)]. Besides the result at most a few MiB (CPU) or 64 MiB (CUDA) of
     float32 exist at a time.
     """
@@ -116,6 +116,9 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype, block: tuple[in
     for index, start in enumerate(range(0, len(flat_codes), height)):
         strip = flat_codes[start : start + height]
         held = wide[: len(strip)].copy_(strip)
-        factor = scale if block is None else scale[index].repeat_interleave(block[1])[: strip.shape[1]]
+        if block is not None:
+            factor = scale[index].repeat_interleave(block[1])[: strip.shape[1]]
+        else:
+            factor = scale[start : start + height] if scale.dim() else scale
         torch.mul(held, factor, out=flat_out[start : start + height])
     return out

@@ -3,10 +3,10 @@
     y = (codes(x) @ codes(w).T) * scale(x) * scale(w) + bias
 
 x is [..., K] in bf16, fp16 or fp32, y [..., N] in the same dtype. Activations are quantised in each forward:
-a scale for each token with per-tensor weights, for each 1x128 group of a token with block weights, or the
-checkpoint's one `input_scale` with the static scheme. Where no FP8 matrix product runs, or gradients are
-wanted, the weight is dequantised for this one forward and the activations stay as they are (`backend.py`
-decides and says why).
+a scale for each token where weights have one scale, or one for each row; for each 1x128 group of a token where
+they have blocks; or the checkpoint's one `input_scale` with the static scheme. Where no FP8 matrix product runs,
+or gradients are wanted, the weight is dequantised for this one forward and the activations stay as they are
+(`backend.py` decides and says why).
 """
 
 import torch

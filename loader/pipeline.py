@@ -28,7 +28,7 @@ from .assemble import accepted_arguments, assemble, pipeline_class
 from .backend import Backend
 from .checkpoint import check_digests, fetched, is_converted, open_snapshot
 from .component import Target, load
-from .settings import Request, Wanted, plan_for
+from .settings import Planned, Request, Wanted, plan_for
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ def load_pipeline(
         (snapshot, files), wanted = open_snapshot(save_as, access), None
     root = _fetch(snapshot, files, wanted, access, verify)
     planned = plan_for(snapshot, wanted)
+    _check_merged(given, planned)
     components = dict(given)
     for component in snapshot.components:
         if component.name not in components and (component.name in planned or is_converted(component)):
@@ -151,6 +152,15 @@ def load_component(
 def _check_backend(backend: str) -> None:
     if backend not in get_args(Backend):
         raise ValueError(f"backend is {backend!r}; use {', '.join(map(repr, get_args(Backend)))}.")
+
+
+def _check_merged(given: Mapping[str, Any], planned: Planned) -> None:
+    """Refuse a LoRA for a component that is given, and so not loaded."""
+    for name in given.keys() & planned.keys():
+        if any(tensor.merges for tensor in planned[name].tensors):
+            raise ValueError(
+                f"merge_lora is for {name}, and {name} is given, so that nothing is merged; drop one of them."
+            )
 
 
 def _options(function: Callable[..., Any]) -> list[str]:

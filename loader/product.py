@@ -1,6 +1,6 @@
 """FP8 matrix products: activations quantised, codes times codes, scales applied. One function, three kinds.
 
-rows     a scale for each token, one for the weight
+rows     a scale for each token, one for the weight or for each of its rows
 groups   a scale for each 1x128 group of a token, one for each 128x128 block of the weight
 tensor   one static scale for the activations, one for the weight
 """
@@ -24,8 +24,8 @@ def scaled_product(
 ) -> Tensor:
     """Quantise `x` [M, K] as `product` says and multiply it with `codes` [N, K]; the result is [M, N] in x's dtype.
 
-    `scale` is float32, () for "rows" and "tensor", [ceil(N / 128), ceil(K / 128)] for "groups". `bias` is in x's
-    dtype. Raises RuntimeError where torch has no such product for the device.
+    `scale` is float32, () for "tensor", () or [N, 1] for "rows", [ceil(N / 128), ceil(K / 128)] for "groups". `bias`
+    is in x's dtype. Raises RuntimeError where torch has no such product for the device.
     """
     if not x.shape[0]:
         return x.new_empty(0, codes.shape[0])
@@ -39,16 +39,17 @@ def scaled_product(
 
 
 def _rows(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    # Both scales go into the token's: the product then needs a vector of ones that every layer shares.
-    quantized, row_scale = kernels.quantize_rows(x, scale, kept=True)
+    # One scale for the weight goes into the token's: the product then needs a vector of ones that every layer shares.
+    columns = scale.view(1, -1) if scale.dim() else _ones(codes.shape[0], x.device)
+    quantized, row_scale = kernels.quantize_rows(x, _one(x.device) if scale.dim() else scale, kept=True)
     if x.is_cuda and x.dtype != torch.bfloat16:
         # torch's row-wise product writes bf16 alone; a float32 result scaled afterwards keeps fp16 and fp32 exact.
-        one = _ones(1, x.device).view(())
+        one = _one(x.device)
         out = torch._scaled_mm(quantized, codes.t(), one, one, out_dtype=torch.float32) * row_scale
+        out = out * columns if scale.dim() else out
         return (out if bias is None else out + bias).to(x.dtype)
-    ones = _ones(codes.shape[0], x.device)
     return torch._scaled_mm(
-        quantized, codes.t(), row_scale, ones, bias=bias, out_dtype=x.dtype, use_fast_accum=x.is_cuda
+        quantized, codes.t(), row_scale, columns, bias=bias, out_dtype=x.dtype, use_fast_accum=x.is_cuda
     )
 
 
@@ -98,6 +99,11 @@ def _groups_by_columns(
             out_dtype=torch.float32,
         )
     return (out if bias is None else out + bias).to(dtype)
+
+
+def _one(device: torch.device) -> Tensor:
+    """float32 one, ()."""
+    return _ones(1, device).view(())
 
 
 def _ones(count: int, device: torch.device) -> Tensor:

@@ -24,7 +24,7 @@ from .checkpoint import Fp8Modules, fp8_modules, is_converted, record_of
 Wanted = Mapping[str, Settings | None]  # by component, "" for all that are not named; None keeps one as it is
 Planned = Mapping[str, ComponentPlan]
 
-_KEYS = ("method", "ignored_layers", "activation_scheme", "weight_block_size", "input_scales")
+_KEYS = ("method", "ignored_layers", "activation_scheme", "weight_block_size", "input_scales", "merge_lora")
 _OF_DITS = ("ignored_layers", "activation_scheme", "weight_block_size", "input_scales")
 
 
@@ -162,6 +162,8 @@ def _check_component(
         raise SettingsError(f"{said}, but quantization_config keeps it as it was; load the original snapshot.")
     if settings.input_scales is not None:
         raise SettingsError(f"{said} and brings its own input scales; drop input_scales, or convert the original anew.")
+    if settings.merge_lora:
+        raise SettingsError(f"{said}, and a LoRA is merged before that; convert the original anew with merge_lora.")
     if all(how.mode != layout.W8A8 for how in found.modules.values()):
         if alone and (for_dits := [key for key in _OF_DITS if key in settings.given and getattr(settings, key)]):
             raise SettingsError(f"{for_dits[0]} applies to the DiT, and {component.label} is none; drop it.")

@@ -198,6 +198,8 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype, block: tuple[in
     count = codes.numel()
     if not count:
         return weight
+    if block is None and scale.dim():  # [N, 1]
+        block = 1, codes.shape[1]
     if block is None:
         grid = (-(-count // 4096), 1, 1)
         _launch(_dequantize_tensor, (dtype, count), grid, (codes, weight, scale), count, 4096)

@@ -35,7 +35,7 @@ class Fp8Weight(nn.Module):
     plain_class: ClassVar[type[nn.Module]]
     mixin: ClassVar[type["Fp8Weight"]]
 
-    block: tuple[int, int] | None
+    format: layout.WeightFormat
     compute_dtype: torch.dtype
 
     @property
@@ -45,13 +45,18 @@ class Fp8Weight(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """The weight scale, float32: shape () per tensor, [ceil(N / bn), ceil(K / bk)] for blocks."""
+        """The weight scale, float32: () per tensor, [N, 1] per row, [ceil(N / bn), ceil(K / bk)] for blocks."""
         return cast(Tensor, self._buffers[WEIGHT_SCALE_INV if self.block else WEIGHT_SCALE])
 
     @property
+    def block(self) -> layout.Block | None:
+        """Rows and columns of a scale's block, None where scales are not of blocks."""
+        return self.format.block
+
+    @property
     def scheme(self) -> str:
-        """ "tensor" or "block{bn}x{bk}", as the shards' metadata spells it."""
-        return layout.WeightFormat(self.mode, self.block).scheme
+        """ "tensor", "channel" or "block{bn}x{bk}", as the shards' metadata spells it."""
+        return self.format.scheme
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight in `dtype`, a new tensor: float32(codes) * scale, rounded once."""
@@ -139,7 +144,7 @@ def _rebuild(mixin: type[Fp8Weight], plain: type[nn.Module]) -> Fp8Weight:
 def become_fp8(
     module: nn.Module,
     mixin: type[Fp8Weight],
-    block: tuple[int, int] | None,
+    how: layout.WeightFormat,
     dtype: torch.dtype,
     device: torch.device | str,
     static: bool = False,
@@ -150,20 +155,19 @@ def become_fp8(
     """
     plain = cast(Tensor, module.weight)
     shape = plain.shape
-    if block is not None and len(shape) != 2:
-        raise ValueError(f"block scales are for linear weights, not for shape {tuple(shape)}")
+    if not how.per_tensor and len(shape) != 2:
+        raise ValueError(f"{how.scheme} scales are for linear weights, not for shape {tuple(shape)}")
     module.__class__ = fp8_class(mixin, type(module))
     made = cast(Fp8Weight, module)
     codes = torch.empty(shape, dtype=torch.int8, device=device)
     made._parameters["weight"] = nn.Parameter(codes, requires_grad=False)
     made.register_buffer(
-        WEIGHT_SCALE_INV if block else WEIGHT_SCALE,
-        torch.empty(layout.WeightFormat(mixin.mode, block).scale_shape(shape), dtype=torch.float32, device=device),
+        how.scale_key("").removeprefix("."), torch.empty(how.scale_shape(shape), dtype=torch.float32, device=device)
     )
     if static:
         made.register_buffer(INPUT_SCALE, torch.empty((), dtype=torch.float32, device=device))
     if isinstance(made.bias, nn.Parameter):
         made.bias.requires_grad_(False)  # the layer is frozen as a whole
-    made.block = block
+    made.format = how
     made.compute_dtype = dtype
     return made

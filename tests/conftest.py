@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+collect_ignore = ["readers"]  # they run in environments of their own: `make test-readers`
+
 for _number in (signal.SIGINT, signal.SIGTERM):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)

@@ -5,22 +5,28 @@ The CDN goes by another host name ("localhost"), as in the world: within one hos
 redirect of a HEAD, past the headers that it looks for, and keep its token.
 `*.safetensors` are LFS files (etag: sha256 of the content), all others plain (etag: git blob sha1). No Xet.
 
-A commit is the content of a folder at the time of `add_repo` or `move_branch`; its hash follows from names
-and contents alone. Files are read again when served: do not change them under a running server.
+A commit is the content of a folder at the time of `add_repo` or `move_branch`, or what a client committed; its hash
+follows from names and contents alone. Files are read again when served: do not change them under a running server.
+
+Whoever has one of the `tokens` may write to the repos in that user's own namespace and to nothing else. Uploads go as
+to the real Hub: preupload, the LFS batch, the CDN (which compares the digest), and a commit of NDJSON.
 
 One surprise: the real Hub answers a stranger who asks for a missing repo by a bare 401, which the client
 understands for https:// addresses only. Here the 401 carries the error code that the Hub's 404 has.
 """
 
+import base64
 import contextlib
 import fnmatch
 import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import struct
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -38,8 +44,12 @@ Route = Literal["api", "resolve", "cdn"]
 
 _CHUNK = 1 << 16
 _DATE = "2026-01-01T00:00:00.000Z"
-_REPO = r"(?P<repo>[^/]+(?:/(?!(?:resolve|revision|tree)/)[^/]+)?)"
+_WRITES = "preupload|commit|branch"
+_REPO = rf"(?P<repo>[^/]+(?:/(?!(?:resolve|revision|tree|{_WRITES})/)[^/]+)?)"
 _API = re.compile(rf"/api/models/{_REPO}(?:/(?P<what>revision|tree)/(?P<revision>[^/]+)(?:/(?P<file>.+))?)?")
+_WRITE = re.compile(rf"/api/models/{_REPO}/(?P<what>{_WRITES})/(?P<revision>[^/]+)")
+_BATCH = re.compile(r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/(?P<what>batch)")
+_OTHER = re.compile(r"/api/(?P<what>whoami-v2|validate-yaml|repos/create)")
 _RESOLVE = re.compile(rf"/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 _CDN = re.compile(r"/cdn/(?P<repo>[^/]+)/(?P<sha256>[0-9a-f]{64})/(?P<file>.+)")
 
@@ -48,8 +58,9 @@ _CDN = re.compile(r"/cdn/(?P<repo>[^/]+)/(?P<sha256>[0-9a-f]{64})/(?P<file>.+)")
 class Request:
     """One request and its answer.
 
-    `file` is the file's path in the repo ("" for API requests). `range` and `authorization` are the headers
-    as they came. `sent` counts body bytes handed to the network, whether or not the client read them.
+    `file` is the file's path in the repo ("" for API requests; the sha256 for what is uploaded). `range` and
+    `authorization` are the headers as they came. `sent` counts body bytes handed to the network, whether or not the
+    client read them, `received` those of the request's body.
     """
 
     method: str
@@ -61,6 +72,7 @@ class Request:
     authorization: str | None = None
     status: int = 0
     sent: int = 0
+    received: int = 0
 
 
 @dataclass
@@ -70,13 +82,14 @@ class Fault:
     `match` is a glob over the file's path in the repo or, for API requests, over the URL's path ("/api/*");
     `method` and `route` narrow it. Kinds:
     - "status": answers `status`, with a Retry-After header where `retry_after` (seconds) is set;
+    - "broken": closes the connection after `after` bytes of what is uploaded came;
     - "cut": closes the connection after `after` bytes of a file's body; shorter bodies are left alone;
     - "reset": the same by a TCP reset, which also throws away what the client had not read yet;
     - "wrong_bytes": flips the byte at `offset` of the file; bodies without that byte are left alone.
     `hits` counts how often it happened.
     """
 
-    kind: Literal["status", "cut", "reset", "wrong_bytes"]
+    kind: Literal["status", "broken", "cut", "reset", "wrong_bytes"]
     match: str = "*"
     times: int | None = 1
     skip: int = 0
@@ -149,6 +162,10 @@ class HubServer:
 
     def __init__(self) -> None:
         self.faults: list[Fault] = []
+        self.tokens: dict[str, str] = {}  # who may write: user by token
+        self.messages: list[str] = []  # of the commits that clients made
+        self.ignored: set[str] = set()  # paths that a .gitignore keeps out of commits
+        self._uploads = Path(tempfile.mkdtemp(prefix="hub-uploads-"))
         self._repos: dict[str, _Repo] = {}
         self._log: list[Request] = []
         self._moves: list[_Move] = []
@@ -167,6 +184,7 @@ class HubServer:
         listeners, self._listeners = self._listeners, []
         for listener in listeners:
             listener.stop()
+        shutil.rmtree(self._uploads, ignore_errors=True)
         errors = [error for listener in listeners for error in listener.errors]
         if errors:
             raise RuntimeError(f"the hub server failed: {errors[0]!r}") from errors[0]
@@ -283,6 +301,37 @@ class HubServer:
             repo = self._repos.get(repo_id)
         return None if repo is None or repo.private_token not in (None, token) else repo
 
+    def _create(self, repo_id: str, private_token: str | None) -> bool:
+        """Make a repo with the first commit that the Hub gives each; False if there is one."""
+        with self._lock:
+            if repo_id in self._repos:
+                return False
+        first = self._uploads / hashlib.sha1(repo_id.encode()).hexdigest()
+        first.mkdir()
+        (first / ".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs -text\n")
+        self.add_repo(repo_id, first, private_token=private_token)
+        return True
+
+    def _keep(self, content: bytes) -> _File:
+        """A plain file of a commit, by its content."""
+        local = self._uploads / f"plain-{hashlib.sha256(content).hexdigest()}"
+        local.write_bytes(content)
+        return _File(local, len(content), _git_oid(content), None, 0)
+
+    def _uploaded(self, sha256: str) -> Path | None:
+        """Where the LFS object is, None if it was not uploaded yet."""
+        local = self._uploads / sha256
+        return local if local.is_file() else None
+
+    def _add_commit(self, repo_id: str, branch: str, files: dict[str, _File], message: str) -> str:
+        commit = _commit_of(repo_id, files)
+        with self._lock:
+            repo = self._repos[repo_id]
+            repo.commits[commit.sha] = commit
+            repo.branches[branch] = commit.sha
+            self.messages.append(message)
+        return commit.sha
+
     def _find(self, repo: _Repo, revision: str) -> _Commit | None:
         with self._lock:
             return repo.commits.get(repo.branches.get(revision, revision))
@@ -337,15 +386,22 @@ class _Handler(BaseHTTPRequestHandler):
     request_: Request
 
     def do_GET(self) -> None:
-        hub = self.server.hub
         path = urlsplit(self.path).path
-        patterns: dict[Route, re.Pattern[str]] = {"resolve": _RESOLVE, "api": _API}
+        patterns: list[tuple[Route, re.Pattern[str]]] = [("resolve", _RESOLVE), ("api", _OTHER), ("api", _API)]
         if self.server.is_cdn:
-            patterns = {"cdn": _CDN}
+            patterns = [("cdn", _CDN)]
+        elif self.command == "POST":
+            patterns = [("api", _BATCH), ("api", _OTHER), ("api", _WRITE)]
         route: Route
-        for route, pattern in patterns.items():  # noqa: B007 (the last one stands for addresses nobody knows)
+        for route, pattern in patterns:  # noqa: B007 (the last one stands for addresses nobody knows)
             if found := pattern.fullmatch(path):
                 break
+        self._take(route, found)
+
+    do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815 (http.server's names); what sends a body looks at the method
+
+    def _take(self, route: Route, found: re.Match[str] | None) -> None:
+        hub = self.server.hub
         parts = {name: unquote(part) for name, part in (found.groupdict() if found else {}).items() if part}
         self.request_ = Request(
             method=self.command,
@@ -357,18 +413,25 @@ class _Handler(BaseHTTPRequestHandler):
             authorization=self.headers["Authorization"],
         )
         hub._note(self.request_)
+        self._body = b""
+        if self.command == "POST":  # at once: what is left unread would be taken for the next request
+            self._body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+            self.request_.received = len(self._body)
         fault = hub._fault(("status",), self.request_)
         if fault is not None:
+            self.close_connection = self.command == "PUT"
             wait = {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)}
             self._refuse(fault.status, None, "Injected by the test.", wait)
         elif found is None:
             self._refuse(404, None, "Sorry, we can't find the page you are looking for.")
+        elif self.command == "PUT":
+            self._receive(parts)
         elif self.server.is_cdn:
             self._send_from_cdn(parts)
+        elif self.command == "POST" or parts.get("what") == "whoami-v2":
+            self._answer_writer(parts)
         else:
             self._answer(parts)
-
-    do_HEAD = do_GET  # noqa: N815 (http.server's name); what sends a body looks at the method
 
     def _answer(self, parts: dict[str, str]) -> None:
         hub, repo_id, route = self.server.hub, parts["repo"], self.request_.route
@@ -395,6 +458,100 @@ class _Handler(BaseHTTPRequestHandler):
         if parts.get("what") == "tree":
             return self._send_tree(commit, parts.get("file", ""))
         return self._send_info(repo_id, repo, commit)
+
+    def _answer_writer(self, parts: dict[str, str]) -> None:
+        hub, what = self.server.hub, parts["what"]
+        token = (self.headers["Authorization"] or "").removeprefix("Bearer ")
+        user = hub.tokens.get(token)
+        if user is None:
+            return self._refuse(401, None, "Invalid credentials in Authorization header")
+        if what == "whoami-v2":
+            return self._send_json({"type": "user", "name": user, "orgs": []})
+        if what == "validate-yaml":
+            return self._send_json({"errors": [], "warnings": []})
+        data = json.loads(self._body) if what != "commit" else {}
+        if what == "repos/create":
+            return self._create_repo(user, token, data)
+        if hub._repo(parts["repo"], token) is None:
+            return self._refuse(404, "RepoNotFound", "Repository not found")
+        if parts["repo"].split("/")[0] != user:
+            return self._refuse(403, None, "You don't have the required permissions")
+        if what == "batch":
+            return self._answer_batch(parts["repo"], data)
+        return self._write_to(parts, data)
+
+    def _create_repo(self, user: str, token: str, data: dict[str, Any]) -> None:
+        owner = data["organization"] or user
+        if owner != user:
+            return self._refuse(403, None, f"You don't have the rights to create a model under the namespace {owner!r}")
+        repo_id = f"{owner}/{data['name']}"
+        if not self.server.hub._create(repo_id, token if data.get("visibility") == "private" else None):
+            return self._refuse(409, None, "You already created this model repo")
+        self._send_json({"url": f"{self.server.hub.url}/{repo_id}", "name": repo_id})
+
+    def _answer_batch(self, repo_id: str, data: dict[str, Any]) -> None:
+        """Where to put each LFS object; nowhere for those that are here."""
+        objects = []
+        for entry in data["objects"]:
+            answer: dict[str, Any] = {"oid": entry["oid"], "size": entry["size"]}
+            if self.server.hub._uploaded(entry["oid"]) is None:
+                place = f"{self.server.hub.cdn_url}/cdn/{quote(repo_id, safe='')}/{entry['oid']}/{entry['oid']}"
+                answer["actions"] = {"upload": {"href": place}}
+            objects.append(answer)
+        self._send_json({"transfer": "basic", "objects": objects})
+
+    def _write_to(self, parts: dict[str, str], data: dict[str, Any]) -> None:
+        """Preupload, a commit or a new branch."""
+        hub, repo_id, branch = self.server.hub, parts["repo"], parts["revision"]
+        with hub._lock:
+            repo = hub._repos[repo_id]
+        commit = hub._find(repo, "main" if parts["what"] == "branch" else branch)
+        if commit is None:
+            return self._refuse(404, "RevisionNotFound", f"Invalid rev id: {branch}")
+        if parts["what"] == "branch":
+            with hub._lock:
+                repo.branches[branch] = commit.sha
+            return self._send_json({})
+        if parts["what"] == "preupload":
+            modes = [_preupload(entry, commit, hub.ignored) for entry in data["files"]]
+            return self._send_json({"files": modes})
+        return self._take_commit(repo_id, branch, commit)
+
+    def _take_commit(self, repo_id: str, branch: str, parent: _Commit) -> None:
+        hub, files, message = self.server.hub, dict(parent.files), ""
+        for line in self._body.splitlines():
+            item = json.loads(line)
+            value = item["value"]
+            if item["key"] == "header":
+                message = value["summary"]
+                if value.get("parentCommit", parent.sha) != parent.sha:
+                    return self._refuse(412, None, "A commit has happened since. Please refresh and try again.")
+            elif item["key"] == "deletedFile":
+                del files[value["path"]]
+            elif item["key"] == "lfsFile":
+                local = hub._uploaded(value["oid"])
+                if local is None:
+                    return self._refuse(400, None, f"LFS object {value['oid']} does not exist")
+                files[value["path"]] = _lfs_file(local, value["size"], value["oid"])
+            else:
+                files[value["path"]] = hub._keep(base64.b64decode(value["content"]))
+        sha = hub._add_commit(repo_id, branch, files, message)
+        self._send_json({"success": True, "commitOid": sha, "commitUrl": f"{hub.url}/{repo_id}/commit/{sha}"})
+
+    def _receive(self, parts: dict[str, str]) -> None:
+        """An LFS object, which must have its digest."""
+        hub, size = self.server.hub, int(self.headers["Content-Length"])
+        broken = hub._fault(("broken",), self.request_)
+        content = self.rfile.read(size if broken is None else broken.after)
+        self.request_.received = len(content)
+        if broken is not None:
+            _hang_up(self.connection)
+            self.close_connection = True
+        elif hashlib.sha256(content).hexdigest() != parts["sha256"]:
+            self._refuse(400, None, "The content does not have its digest")
+        else:
+            (hub._uploads / parts["sha256"]).write_bytes(content)
+            self._send(200, {})
 
     def _send_info(self, repo_id: str, repo: _Repo, commit: _Commit) -> None:
         siblings: list[dict[str, object]] = [{"rfilename": path} for path in commit.files]
@@ -515,7 +672,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _commit(repo_id: str, folder: Path) -> _Commit:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = {path.relative_to(folder).as_posix(): _file(path) for path in paths}
+    return _commit_of(repo_id, {path.relative_to(folder).as_posix(): _file(path) for path in paths})
+
+
+def _commit_of(repo_id: str, files: dict[str, _File]) -> _Commit:
+    files = dict(sorted(files.items()))
     digest = hashlib.sha1(repo_id.encode())
     for path, file in files.items():
         digest.update(f"\n{file.oid} {path}".encode())
@@ -528,8 +689,20 @@ def _file(local: Path) -> _File:
         if local.suffix != ".safetensors":
             return _File(local, size, _git_oid(source.read()), None, 0)
         sha256 = hashlib.file_digest(source, "sha256").hexdigest()
+    return _lfs_file(local, size, sha256)
+
+
+def _lfs_file(local: Path, size: int, sha256: str) -> _File:
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
     return _File(local, size, _git_oid(pointer), sha256, len(pointer))
+
+
+def _preupload(entry: dict[str, Any], commit: _Commit, ignored: set[str]) -> dict[str, Any]:
+    """How a file is to be uploaded, and what the branch has in its place."""
+    path = entry["path"]
+    known = commit.files.get(path)
+    mode = "lfs" if path.endswith(".safetensors") else "regular"
+    return {"path": path, "uploadMode": mode, "shouldIgnore": path in ignored, "oid": known.etag if known else None}
 
 
 def _git_oid(content: bytes) -> str:

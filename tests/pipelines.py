@@ -144,7 +144,7 @@ def wan22(dtype: torch.dtype = BF16, *, fp32_dits: bool = False) -> Any:
 
 
 def flux(dtype: torch.dtype = BF16) -> Any:
-    """FluxPipeline, for which there is no manifest: one DiT, CLIP and T5 encoders, an image VAE."""
+    """FluxPipeline: one DiT, CLIP and T5 encoders, an image VAE."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 

@@ -9,13 +9,14 @@ import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint8]
+Block = tuple[int, int] | Literal["channel"] | None  # what a scale covers; None for the whole tensor
 Tensor = tuple[str, tuple[int, ...], bytes]  # dtype as safetensors spells it, shape, little-endian bytes
 
 MAX = np.float32(448)
@@ -72,7 +73,13 @@ def quantize_blocks(values: Floats, block: tuple[int, int]) -> tuple[Codes, Floa
     return codes, scales
 
 
-def fp8_weight(name: str, source: Tensor, amax: np.float32, block: tuple[int, int] | None) -> dict[str, Tensor]:
+def quantize_rows(values: Floats) -> tuple[Codes, Floats]:
+    """Codes [N, K] and scales [N, 1] of a matrix, row by row."""
+    scales = np.array([[tensor_scale(np.abs(row).max())] for row in values], np.float32)
+    return np.stack([quantize(row, scale) for row, (scale,) in zip(values, scales, strict=True)]), scales
+
+
+def fp8_weight(name: str, source: Tensor, amax: np.float32, block: Block) -> dict[str, Tensor]:
     """The output tensors of the weight `name`; amax is that of all that shares its scale."""
     dtype, shape, data = source
     values = floats(dtype, data)
@@ -81,6 +88,12 @@ def fp8_weight(name: str, source: Tensor, amax: np.float32, block: tuple[int, in
         scale = tensor_scale(amax)
         codes = quantize(values, scale)
         return {name: ("F8_E4M3", shape, codes.tobytes()), f"{module}.weight_scale": ("F32", (), scale.tobytes())}
+    if block == "channel":
+        codes, scales = quantize_rows(values.reshape(shape))
+        return {
+            name: ("F8_E4M3", shape, codes.tobytes()),
+            f"{module}.weight_scale": ("F32", scales.shape, scales.tobytes()),
+        }
     codes, scales = quantize_blocks(values.reshape(shape), block)
     return {
         name: ("F8_E4M3", shape, codes.tobytes()),

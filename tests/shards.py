@@ -98,7 +98,8 @@ class Weights:
                 expected[name] = tensor
                 continue
             amax = reference.amax(*(everything[m] for m in members[decision.group or name]))
-            expected |= reference.fp8_weight(name, tensor, amax, decision.block)
+            covered: reference.Block = "channel" if decision.scheme == "channel" else decision.block
+            expected |= reference.fp8_weight(name, tensor, amax, covered)
             module = name.removesuffix(".weight")
             if module in self.input_scales:
                 expected[f"{module}.input_scale"] = ("F32", (), np.float32(self.input_scales[module]).tobytes())
@@ -117,7 +118,9 @@ def convert_in(memory: Memory, source: Path, output: Path, manifest: Path, worke
     run(plan, files, output, Work(device="cpu", workers=workers), Silent())
 
 
-def fp8(block: tuple[int, int] | None = None, group: str | None = None) -> Decision:
+def fp8(block: reference.Block = None, group: str | None = None) -> Decision:
+    if block == "channel":
+        return Decision("rule", "why", "Linear", WeightFormat(W8A8, channel=True))
     return Decision("rule", "why", "Linear", WeightFormat(W8A8 if block is None else STORAGE, block), group)
 
 
@@ -136,12 +139,12 @@ def random_tensor(dtype: str, shape: tuple[int, ...], seed: int) -> reference.Te
 
 @st.composite
 def weights(draw: st.DrawFn, most_shards: int = 3) -> Weights:
-    """Any mixture: dtypes, shapes (empty and odd-sized ones too), per-tensor, blocks, groups over shards, kept."""
+    """Any mixture: dtypes, shapes (empty and odd-sized ones too), all scales, groups over shards, kept ones."""
     shards: list[dict[str, reference.Tensor]] = [{} for _ in range(draw(st.integers(1, most_shards)))]
     decisions: dict[str, Decision] = {}
     for number in range(draw(st.integers(0, 12))):
         name = f"t{number}.weight"
-        kind = draw(st.sampled_from(["kept", "kept", "tensor", "conv", "block", "group"]))
+        kind = draw(st.sampled_from(["kept", "kept", "tensor", "conv", "channel", "block", "group"]))
         size = st.integers(1, 16)
         if kind == "kept":
             dtype = draw(st.sampled_from(sorted(ITEM_BYTES)))
@@ -151,7 +154,9 @@ def weights(draw: st.DrawFn, most_shards: int = 3) -> Weights:
             rows, columns = draw(st.tuples(size, st.integers(1, 4)))
             shape = draw(st.permutations([rows, 4 * columns]))  # other element counts are kept
             shape = (*shape, 3, 1, 1) if kind == "conv" else tuple(shape)
-            block = draw(st.tuples(st.integers(1, 12), st.integers(1, 20))) if kind == "block" else None
+            block: reference.Block = "channel" if kind == "channel" else None
+            if kind == "block":
+                block = draw(st.tuples(st.integers(1, 12), st.integers(1, 20)))
             decisions[name] = fp8(block, draw(st.sampled_from(["g1", "g2"])) if kind == "group" else None)
         draw(st.sampled_from(shards))[name] = random_tensor(dtype, shape, draw(st.integers(0, 2**32 - 1)))
     scaled = draw(st.lists(st.sampled_from(sorted(decisions)), unique=True)) if decisions else []

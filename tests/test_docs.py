@@ -33,6 +33,8 @@ def reader(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServe
     monkeypatch.chdir(tmp_path)
     with running_hub(monkeypatch, tmp_path / "home") as hub:
         hub.add_repo("Qwen/Qwen-Image", saved("qwen_image"))
+        hub.tokens["hf_readers"] = "me"
+        monkeypatch.setenv("HF_TOKEN", "hf_readers")
         copied(saved("z_image"), tmp_path / "my-pipeline")
         yield hub
 

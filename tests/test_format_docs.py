@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from own_manifests import with_scales_of_rows
 from pipelines import saved
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -91,7 +92,11 @@ def test_the_config(snapshot: Path) -> None:
 
 def test_the_metadata(snapshot: Path) -> None:
     example = layout.decode_modules({layout.METADATA_KEY: fence("json metadata")})
-    assert {(how.mode, how.block) for how in example.values()} == {("w8a8", None), ("storage", (128, 128))}
+    assert {(how.mode, how.scheme) for how in example.values()} == {
+        ("w8a8", "tensor"),
+        ("w8a8", "channel"),
+        ("storage", "block128x128"),
+    }
     for shard in snapshot.rglob("*.safetensors"):
         with safe_open(shard, "pt") as opened:
             modules = layout.decode_modules(opened.metadata() or {})
@@ -102,11 +107,28 @@ def test_the_metadata(snapshot: Path) -> None:
                 assert {f"{module}.weight", how.scale_key(module)} <= names
 
 
-@pytest.mark.parametrize("component", ["transformer", "text_encoder", "vae"])
-def test_the_reader_and_the_formula(snapshot: Path, component: str) -> None:
+def dequantised(component: Path) -> dict[str, torch.Tensor]:
+    """What the documented reader makes of a component."""
     scope: dict[str, Any] = {}
     exec(compile(fence("python"), "docs/format.md", "exec"), scope)
-    weights = scope["dequantised"](snapshot / component)
+    weights: dict[str, torch.Tensor] = scope["dequantised"](component)
+    return weights
+
+
+def test_the_reader_and_scales_of_rows(tmp_path: Path) -> None:
+    convert(saved("z_image"), tmp_path / "out", manifest=with_scales_of_rows("z-image"), components=["text_encoder"])
+    (written,) = (tmp_path / "out" / "text_encoder").glob("*.safetensors")
+    original, codes = load_file(saved("z_image") / "text_encoder" / written.name), load_file(written)
+    for module, weight in dequantised(tmp_path / "out" / "text_encoder").items():
+        source = original[f"{module}.weight"].float()
+        amax = source.abs().amax(1, keepdim=True)
+        assert torch.equal(codes[f"{module}.weight_scale"], amax / 448), module
+        assert ((weight - source).abs() < amax / 27).all(), module  # 16 of 448 is half a place of E4M3
+
+
+@pytest.mark.parametrize("component", ["transformer", "text_encoder", "vae"])
+def test_the_reader_and_the_formula(snapshot: Path, component: str) -> None:
+    weights = dequantised(snapshot / component)
     written: dict[str, torch.Tensor] = {}
     original: dict[str, torch.Tensor] = {}
     for tensors, folder in ((written, snapshot), (original, saved("qwen_image"))):

@@ -70,9 +70,15 @@ def compare_single(
                 for stream in convert_component(component, supply, engine, hashed=True):
                     for chunk in stream.chunks:
                         offset = len(file.header) + single.places[chunk.name] + chunk.offset
-                        if not _is_there(chunk, fd, offset, file.path):
+                        if not _is_there(chunk.data, fd, offset, file.path):
                             differing[chunk.name] = None
                     digests[stream.plan.source.path] = stream.sha256
+            for extra in single.extras:
+                position = len(file.header) + single.start_of(extra)
+                for piece in supply.files.pieces(extra.file) if extra.file else ():
+                    if not _is_there(torch.frombuffer(bytearray(piece), dtype=torch.uint8), fd, position, file.path):
+                        differing[extra.name] = None
+                    position += len(piece)
         except ConvertError as error:
             yield Finding(file.path, f"cannot be compared with its source: {error}")
     for name in differing:
@@ -94,14 +100,14 @@ def _differing(chunks: Iterator[Chunk], files: Sequence[tuple[OutputFile, int]])
         file, fd = next(((f, d) for f, d in files if f.start <= start and position <= f.stop), (None, -1))
         if file is None:
             continue
-        if not _is_there(chunk, fd, len(file.header) + start - file.start, file.path):
+        if not _is_there(chunk.data, fd, len(file.header) + start - file.start, file.path):
             yield file.path, chunk.name
 
 
-def _is_there(chunk: Chunk, fd: int, offset: int, where: str) -> bool:
-    """Whether an open file has the chunk's bytes at `offset`."""
-    written = torch.empty(chunk.data.numel(), dtype=torch.uint8, device="cpu")
+def _is_there(data: torch.Tensor, fd: int, offset: int, where: str) -> bool:
+    """Whether an open file has the bytes at `offset`."""
+    written = torch.empty(data.numel(), dtype=torch.uint8, device="cpu")
     if offset + len(written) > os.fstat(fd).st_size:
         return False
     read_exactly(fd, written.numpy().data, offset, where)
-    return torch.equal(written, chunk.data)
+    return torch.equal(written, data)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from ..format.reader import as_json
 from ..format.record import Record, RecordedShard
 from ..output.journal import Done, Source
 from ..output.record import make_record
+from ..plan.lora import Lora
+from ..plan.lora_request import LoraRequest
 from ..plan.manifest import Manifest, load_manifest, shipped
 from ..plan.plan import ComponentPlan
 from ..plan.planning import make_plan
@@ -38,6 +40,7 @@ from ..telling.errors import ConvertError, ResumableError
 from ..telling.progress import Progress
 from .codes import compare_shard, compare_single
 from .finding import Finding
+from .loras import recorded_loras
 
 # The settings that a record's recipe states as they were given.
 _RECIPE_KEYS = (
@@ -47,17 +50,23 @@ _RECIPE_KEYS = (
 
 @dataclass(frozen=True)
 class Original:
-    """What a converted snapshot is compared with: its source, whose files are on this machine, and its manifest."""
+    """What a converted snapshot is compared with: its source, whose files are here, its manifest and LoRAs."""
 
     snapshot: Snapshot
     files: LocalFiles
     manifest: Manifest
+    loras: tuple[Lora, ...] = ()
 
 
 def open_original(
-    root: Path, record: Record, source: str | os.PathLike[str], manifest: str | None, options: HubAccess
+    root: Path,
+    record: Record,
+    source: str | os.PathLike[str],
+    manifest: str | None,
+    loras: Sequence[LoraRequest],
+    options: HubAccess,
 ) -> Original:
-    """The source, fetched if need be, and the manifest. Raises ConvertError if the snapshot cannot have come from it.
+    """The source, fetched if need be, manifest and LoRAs. Raises ConvertError if the snapshot cannot have come of them.
 
     A Hub repository that the record names is read at the commit that the record names, unless another is asked for.
     """
@@ -65,6 +74,11 @@ def open_original(
         raise ConvertError(
             f"{root} has a record of the format {record.format}, which cannot be compared with a source; verify it "
             "without --source, or convert the source again."
+        )
+    if imported := next((c.imported for c in record.components.values() if c.imported), None):
+        raise ConvertError(
+            f"{root} was imported (layout {imported:.80}), and an import is not compared with its source; verify it "
+            "without --source."
         )
     stated_commit = record.source.commit
     by_record = options.revision is None and record.source.repo == os.fspath(source) and local_folder(source) is None
@@ -81,7 +95,8 @@ def open_original(
         raise ConvertError(f"{root} says that it was made from the commit {stated_commit!r:.80}: {error}") from error
     _check_components(root, record, snapshot)
     rules = _recorded_manifest(root, record, manifest)  # before the download: it may not be there
-    return Original(snapshot, fetch(snapshot, files), rules)
+    merged = recorded_loras(root, record, loras, snapshot)
+    return Original(snapshot, fetch(snapshot, files), rules, merged)
 
 
 def _check_components(root: Path, record: Record, snapshot: Snapshot) -> None:
@@ -157,7 +172,7 @@ def compare(
     for component in plan.components:
         if component.single is not None:
             digests = yield from compare_single(root, component, supply, damaged)
-            done[component.files[0].path] = _done_single(component, record, digests)
+            done[component.files[0].path] = _done_single(component, record, digests, original.files)
             progress.advance(sum(shard.source.size for shard in component.shards))
     for shard in (s for c in plan.components if c.single is None for s in c.shards):
         digests = yield from compare_shard(root, shard, plan, supply, damaged)
@@ -176,11 +191,13 @@ def compare(
     yield from _compare_record(record, make_record(plan, done))
 
 
-def _done_single(component: ComponentPlan, record: Record, digests: Mapping[str, str]) -> Done:
+def _done_single(component: ComponentPlan, record: Record, digests: Mapping[str, str], files: LocalFiles) -> Done:
     """The component's one file, with the digests of its source shards as far as they were read to their ends."""
-    file = component.files[0]
+    assert component.single is not None
+    file = component.single.file
     stated = record.files.get(file.path)
     first, *others = (Source(s.source.path, s.source.size, digests.get(s.source.path, "")) for s in component.shards)
+    others += [Source(e.file, e.nbytes, content_sha256(files, e.file)) for e in component.single.extras if e.file]
     sha256 = stated.sha256 if stated else ""
     return Done(file.path, file.size, sha256, first.size, first.sha256, others=tuple(others))
 
@@ -251,13 +268,14 @@ def _recipe(root: Path, record: Record, original: Original) -> Recipe:
     """The recipe that the record states."""
     stated = {key: getattr(record.recipe, key) for key in _RECIPE_KEYS}
     if not record.recipe.input_scales_sha256:
-        return Settings.read(stated).resolve(original.snapshot, original.manifest)
+        recipe = Settings.read(stated).resolve(original.snapshot, original.manifest)
+        return replace(recipe, loras=original.loras)
     # The file of scales is not here, but the scales are.
     scheme, scales = stated.pop("activation_scheme"), _stored_input_scales(root, record)
     if TARGETS[record.recipe.target].single_files:
         scales = _native_scales(original.snapshot, scales)
     recipe = Settings.read(stated).resolve(original.snapshot, original.manifest)
-    return replace(recipe, activation_scheme=scheme, input_scales=scales)
+    return replace(recipe, activation_scheme=scheme, input_scales=scales, loras=original.loras)
 
 
 def _native_scales(snapshot: Snapshot, scales: Mapping[str, float]) -> dict[str, float]:

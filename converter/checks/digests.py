@@ -15,14 +15,30 @@ from ..telling.errors import ConvertError
 from ..telling.progress import Progress
 from .finding import Finding
 
+_OF_THE_HUB = (".gitattributes",)  # beside every repository's files
+
 
 def check_files(root: Path, record: Record, progress: Progress) -> Iterator[Finding]:
     """Sizes and digests of all that the record lists, and files that it does not list."""
+    places = {name: place(root, record, name) for name in record.files}
     for name, entry in record.files.items():
-        if problem := _damage(root / name, entry):
-            yield Finding(name, problem)
+        if problem := _damage(root / places[name], entry):
+            yield Finding(places[name], problem)
         progress.advance(entry.size)
-    yield from _unlisted(root, {*record.files, layout.RECORD_FILE})
+    own_card = {layout.CARD} if has_own_card(root, record) else set()
+    yield from _unlisted(root, {*places.values(), layout.RECORD_FILE, *own_card, *_OF_THE_HUB})
+
+
+def place(root: Path, record: Record, name: str) -> str:
+    """Where a file that the record lists lies: a push moves the source's card, for a card of the snapshot's own."""
+    moved = name == layout.CARD and layout.SOURCE_CARD not in record.files and (root / layout.SOURCE_CARD).is_file()
+    return layout.SOURCE_CARD if moved else name
+
+
+def has_own_card(root: Path, record: Record) -> bool:
+    """Whether README.md was written for the snapshot, by a push: the record knows nothing of it."""
+    moved = place(root, record, layout.CARD) != layout.CARD
+    return (moved or layout.CARD not in record.files) and (root / layout.CARD).is_file()
 
 
 def _unlisted(root: Path, listed: Collection[str]) -> Iterator[Finding]:
@@ -41,7 +57,9 @@ def _unlisted(root: Path, listed: Collection[str]) -> Iterator[Finding]:
             if prefix + name not in listed:
                 yield Finding(prefix + name, "is not in the record")
         for name in sorted(below):
-            if prefix + name not in folders:
+            if prefix + name == ".cache" and os.listdir(Path(where, name)) == ["huggingface"]:  # of a download
+                below.remove(name)
+            elif prefix + name not in folders:
                 below.remove(name)
                 if count := sum(len(files) for _, _, files in os.walk(Path(where, name))):
                     yield Finding(f"{prefix}{name}/", f"is not in the record ({count} files)")

@@ -165,7 +165,8 @@ def _check_config(
     formats = set(modules.values())
     blocks = {how.block for how in formats if how.block}
     methods = []
-    if plain := len(formats) <= 1 and all(built.kinds.get(m) == "Linear" for m in modules):
+    known = len(formats) <= 1 and not any(how.channel for how in formats)  # to readers of "fp8"
+    if plain := known and all(built.kinds.get(m) == "Linear" for m in modules):
         methods.append(layout.QUANT_METHOD)
     if not plain or all(how.mode == layout.STORAGE for how in formats):  # for a DiT "fp8" would mean W8A8
         methods.append(layout.QUANT_METHOD_NATIVE)
@@ -180,7 +181,9 @@ def _check_config(
         if config[key] not in values:
             yield Finding(path, f"{key} is {config[key]!r:.80} instead of {' or '.join(map(repr, values))}")
     linears = {name for name, kind in built.kinds.items() if kind == "Linear"}
-    if config["ignored_layers"] != ignored.names(component, linears - set(modules)):
+    kept = linears - set(modules)  # earlier versions left out those that share their weight with an embedding
+    lists = (ignored.names(component, kept), ignored.names(component, kept | built.tied))
+    if config["ignored_layers"] not in lists:
         yield Finding(path, f"ignored_layers are not exactly {ignored.meaning}")
 
 

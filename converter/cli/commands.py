@@ -7,6 +7,7 @@ import difflib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from click_default_group import DefaultGroup
 
 from ..output.work import DEVICES
 from ..plan.recipe import ACTIVATION_SCHEMES, tool_version
+from ..plan.refused import PlanRefusedError
 from ..snapshot.access import HubAccess
 from ..targets.choosing import TARGETS
 from ..telling.errors import ConvertError
@@ -24,7 +26,7 @@ from .stopping import Stopping
 # What a command does is imported in it: PyTorch takes seconds, and help and first words should not.
 
 F = TypeVar("F", bound=Callable[..., Any])
-_COMMANDS = ("convert", "inspect", "verify", "manifests", "demo")
+_COMMANDS = ("convert", "inspect", "verify", "push", "dequantize", "import", "manifests", "demo")
 
 
 class Commands(DefaultGroup):  # type: ignore[misc]
@@ -131,6 +133,12 @@ def _hub_options(function: F) -> F:
     help="Safetensors file of NAME.input_scale scalars, for static activations.",
 )
 @click.option(
+    "--merge-lora",
+    metavar="FILE[:SCALE]",
+    multiple=True,
+    help="Add a LoRA to the weights first; COMPONENT=FILE where there are two DiTs. Repeatable.",
+)
+@click.option(
     "--device",
     type=click.Choice(DEVICES),
     default="auto",
@@ -179,10 +187,16 @@ def convert_command(
                 del settings[unused]
             hub = ("revision", "token", "cache_dir", "local_files_only", "variant")
             options = HubAccess(**{name: settings.pop(name) for name in hub}, quiet=quiet)
-            plan = plan_conversion(source, options=options, progress=progress, **settings)
+            refusal = None
+            try:
+                plan = plan_conversion(source, options=options, progress=progress, **settings)
+            except PlanRefusedError as error:  # the plan shows why
+                plan, refusal = error.plan, error
             from .render import render_plan, terminal_width
 
             click.echo(json.dumps(plan.to_json(), indent=2) if as_json else render_plan(plan, terminal_width()))
+            if refusal is not None:
+                raise refusal
             return
         assert output is not None
         result = convert(source, output, progress=progress, quiet=quiet, **settings)
@@ -224,11 +238,18 @@ def inspect_command(source: str, as_json: bool, **hub: Any) -> None:
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--source", help="Folder or Hub id it was converted from: compare codes and scales with it.")
 @click.option("--manifest", metavar="NAME|PATH", help="The manifest it was converted with, if it was your own.")
+@click.option("--merge-lora", metavar="FILE[:SCALE]", multiple=True, help="With --source: each LoRA that was merged.")
 @_hub_options
 @_json_option
 @_quiet_option
 def verify_command(
-    path: Path, source: str | None, manifest: str | None, as_json: bool, quiet: bool, **hub: Any
+    path: Path,
+    source: str | None,
+    manifest: str | None,
+    merge_lora: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    **hub: Any,
 ) -> None:
     """Check every digest, header, scale, index and config; exit code 1 if something is wrong.
 
@@ -237,25 +258,127 @@ def verify_command(
       fp8-convert verify qwen-image-fp8
       fp8-convert verify qwen-image-fp8 --source Qwen/Qwen-Image
     """
-    if source is None and (manifest is not None or any(hub.values())):
-        raise click.UsageError("Name the source with --source; --manifest and the Hub's options say how to read it.")
+    if source is None and (manifest is not None or merge_lora or any(hub.values())):
+        raise click.UsageError(
+            "Name the source with --source; --manifest, --merge-lora and the Hub's options say how to read it."
+        )
     with _errors() as stopping, _progress(stopping, quiet) as progress:
         from .. import verify
         from .render import render_verification
 
         options = HubAccess(**hub, quiet=quiet)
-        found = verify(path, source=source, manifest=manifest, options=options, progress=progress)
+        found = verify(
+            path, source=source, manifest=manifest, merge_lora=merge_lora, options=options, progress=progress
+        )
         progress.close()
         click.echo(json.dumps(found.to_json(), indent=2) if as_json else render_verification(found))
         if not found.ok:
             sys.exit(1)
 
 
+@main.command("push")
+@click.argument("path", metavar="OUT", type=click.Path(path_type=Path))
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="Create the repository as a private one.")
+@click.option("--revision", help="Branch to push to, created if need be; main by default.")
+@click.option("--message", help="The commit's message.")
+@click.option("--token", help="Hub token with write access; by default the one you logged in with.")
+@click.option("--dry-run", is_flag=True, help="Print the model card and what would be uploaded; no connection is made.")
+@_json_option
+@_quiet_option
+def push_command(path: Path, repo: str, as_json: bool, quiet: bool, **settings: Any) -> None:
+    """Upload a converted snapshot to the Hub, with a model card of its own.
+
+    \b
+    Example:
+      fp8-convert push qwen-image-fp8 me/qwen-image-fp8
+      fp8-convert push qwen-image-fp8 me/qwen-image-fp8 --dry-run
+    """
+    advice = "run the same command again; what the Hub has is not sent twice"
+    with _errors(advice) as stopping, _progress(stopping, quiet) as progress:
+        from .. import push
+
+        pushed = push(path, repo, progress=progress, quiet=quiet, **settings)
+        from .render import render_push
+
+        for note in pushed.notes:
+            progress.say(f"note: {note}")
+        progress.close()
+        click.echo(json.dumps(pushed.to_json(), indent=2) if as_json else render_push(pushed))
+
+
+@main.command("dequantize")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write the plain snapshot to."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16"]),
+    default="bfloat16",
+    show_default=True,
+    help="Of the weights that are FP8; the others stay as they are.",
+)
+@_json_option
+@_quiet_option
+def dequantize_command(path: Path, output: Path, dtype: str, as_json: bool, quiet: bool) -> None:
+    """Write an FP8 snapshot with plain weights, as stock diffusers and transformers load it.
+
+    \b
+    Example:
+      fp8-convert dequantize qwen-image-fp8 -o qwen-image-bf16
+    """
+    with _errors("run the same command again to resume") as stopping, _progress(stopping, quiet) as progress:
+        from .. import dequantize
+
+        result = dequantize(path, output, dtype=dtype, progress=progress)
+        progress.close()
+        click.echo(json.dumps(result.to_json(), indent=2) if as_json else f"wrote {result.summary}")
+
+
+@main.command("import")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write the FP8 snapshot to.")
+@click.option("--base", metavar="FOLDER|HUB_ID", help="Snapshot that gives config, classes and other components.")
+@click.option("--component", metavar="NAME", help="Which of the base's components SOURCE is, if several fit.")
+@click.option("--manifest", metavar="NAME|PATH", help="Rules to use; by default chosen by repo id and class names.")
+@click.option("--dry-run", is_flag=True, help="Print the plan, from headers and scales alone.")
+@click.option("--force", is_flag=True, help="Replace a finished FP8 snapshot.")
+@_hub_options
+@_json_option
+@_quiet_option
+def import_command(
+    source: Path, output: Path | None, dry_run: bool, force: bool, as_json: bool, quiet: bool, **options: Any
+) -> None:
+    """Take over the FP8 weights of another tool's checkpoint: a .safetensors file or a folder.
+
+    \b
+    Example:
+      fp8-convert import qwen_image_fp8.safetensors --base Qwen/Qwen-Image -o qwen-image-fp8
+      fp8-convert import modelopt-pipeline -o out
+    """
+    if not dry_run and output is None:
+        raise click.UsageError("Name the output folder with -o, or pass --dry-run.")
+    with _errors("run the same command again to resume") as stopping, _progress(stopping, quiet) as progress:
+        from .. import import_checkpoint, plan_import_checkpoint
+        from .render import render_plan, render_result, terminal_width
+
+        if dry_run:
+            own = {name: options.pop(name) for name in ("base", "component", "manifest")}
+            plan = plan_import_checkpoint(source, **own, options=HubAccess(**options, quiet=quiet))
+            click.echo(json.dumps(plan.to_json(), indent=2) if as_json else render_plan(plan, terminal_width()))
+            return
+        assert output is not None
+        result = import_checkpoint(source, output, force=force, progress=progress, quiet=quiet, **options)
+        progress.close()
+        click.echo(json.dumps(result.to_json(), indent=2) if as_json else render_result(result))
+
+
 @main.group("manifests", invoke_without_command=True)
 @_json_option
 @click.pass_context
 def manifests_command(context: click.Context, as_json: bool) -> None:
-    """List the shipped manifests; show one, or check one against a model.
+    """List the shipped manifests and what their rules rest on; show one, or check one against a model.
 
     \b
     Example:
@@ -267,12 +390,19 @@ def manifests_command(context: click.Context, as_json: bool) -> None:
         if as_json:
             raise click.UsageError(f"Put --json behind `manifests {context.invoked_subcommand}`.")
         return
+    from ..plan.evidence import evidence
     from ..plan.manifest import shipped
 
     manifests = list(shipped().values())
     if as_json:
         entries = [
-            {"name": m.name, "description": m.description, "repos": m.repos, "pipelines": m.pipelines}
+            {
+                "name": m.name,
+                "description": m.description,
+                "repos": m.repos,
+                "pipelines": m.pipelines,
+                "evidence": asdict(evidence(m)),
+            }
             for m in manifests
         ]
         click.echo(json.dumps(entries, indent=2))
@@ -286,7 +416,7 @@ def manifests_command(context: click.Context, as_json: bool) -> None:
 @click.argument("manifest", metavar="NAME|PATH")
 @_json_option
 def show_command(manifest: str, as_json: bool) -> None:
-    """Print a manifest's TOML, to read or as a start for your own.
+    """Print a manifest's TOML with the evidence of every pattern, to read or as a start for your own.
 
     \b
     Example: fp8-convert manifests show qwen-image > mine.toml

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # only what is rendered has been imported
     from ..plan.manifest_check import ManifestCheck
     from ..plan.matching import Match
     from ..plan.plan import Plan
+    from ..pushing import Push
     from ..verification import Verification
 
 _WORTH_SAYING = 0.05  # of the bytes: what --compact must save to be mentioned
@@ -41,7 +42,7 @@ def render_plan(plan: Plan, width: int | None = None) -> str:
         lines += ["", f"{component.source.label} ({component.source.class_name}): {change(before, after)}"]
         table = [["decision", "kind", "tensors", "params", "before", "after", "rule", "why"]]
         for row in rows(component):
-            decision = f"fp8 {row.mode} {row.scheme}" if row.mode else "kept"
+            decision = f"fp8 {row.mode} {row.scheme}" if row.mode else row.otherwise
             sizes = [byte_count(size) for size in (row.bytes_before, row.bytes_after)]
             numbers = [str(row.count), parameter_count(row.params), *sizes]
             table.append([decision, row.kind or "-", *numbers, row.rule, row.why])
@@ -66,6 +67,7 @@ def render_inspection(inspection: Inspection, width: int | None = None) -> str:
         lines.append(f"source: {inspection.source}")
     if inspection.target in TARGETS:
         lines.append(described(TARGETS[inspection.target]))
+    lines += [f"merged: {lora}" for lora in inspection.merged_loras]
     for component in inspection.components:
         method = component.quant_method and f"quant_method {component.quant_method}"
         about = ", ".join(filter(None, (component.class_name, method)))
@@ -102,13 +104,23 @@ def render_verification(verification: Verification) -> str:
     return _text([*lines, verification.verdict])
 
 
+def render_push(push: Push) -> str:
+    """What was pushed, one line; of a dry run also every file and the card."""
+    if push.commit is not None:
+        return _text([push.summary])
+    table = [["file", "bytes"], *([path, byte_count(size)] for path, size in push.files.items())]
+    return _text([*push.card.splitlines(), "", *_table(table, right=(1,), width=None, words=0), push.summary])
+
+
 def render_manifests(manifests: Sequence[Manifest], width: int | None = None) -> str:
-    """The shipped manifests and what chooses each."""
-    table = [["name", "for", "chosen by"]]
+    """The shipped manifests, what chooses each, and what its rules rest on."""
+    from ..plan.evidence import evidence
+
+    table = [["name", "for", "chosen by", "evidence"]]
     for manifest in manifests:
         chosen = ", ".join((*manifest.repos, *manifest.pipelines)) or "anything else"
-        table.append([manifest.name, manifest.description, chosen])
-    return "\n".join(_table(table, right=(), width=width, words=2))
+        table.append([manifest.name, manifest.description, chosen, str(evidence(manifest))])
+    return "\n".join(_table(table, right=(), width=width, words=3))
 
 
 def render_manifest_check(check: ManifestCheck, width: int | None = None) -> str:

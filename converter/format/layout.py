@@ -1,8 +1,8 @@
 """The on-disk contract of an FP8 snapshot: names, config keys, metadata, record. Both sides import only this.
 
-An FP8 weight `NAME.weight` (float8_e4m3fn, source shape) comes with `NAME.weight_scale` (per tensor, float32 [])
-or `NAME.weight_scale_inv` (block, float32 [ceil(N/bn), ceil(K/bk)]), and `NAME.input_scale` (float32 []) where
-activations are static. `w ~ float(q) * scale` under either name.
+An FP8 weight `NAME.weight` (float8_e4m3fn, source shape) comes with `NAME.weight_scale` (float32, [] per tensor,
+[N, 1] per row) or `NAME.weight_scale_inv` (block, float32 [ceil(N/bn), ceil(K/bk)]), and `NAME.input_scale`
+(float32 []) where activations are static. `w ~ float(q) * scale` under either name.
 """
 
 from __future__ import annotations
@@ -20,19 +20,22 @@ INPUT_SCALE = ".input_scale"
 SCALE_SUFFIXES = (WEIGHT_SCALE, WEIGHT_SCALE_INV, INPUT_SCALE)
 
 RECORD_FILE = "fp8_convert.json"
+CARD = "README.md"
+SOURCE_CARD = "README.source.md"  # where a push puts the source's card: README.md is then the snapshot's own
 STAGING = ".fp8-convert"  # the folder in an output that is not finished
 RECORD_FORMAT = 3
 MAX_RECORD_BYTES = 64 * 1024 * 1024  # a larger one is none: it has some hundred bytes a file
 METADATA_KEY = "fp8_convert"
 CONFIG_KEY = "quantization_config"
 QUANT_METHOD = "fp8"  # what other runtimes can read too
-QUANT_METHOD_NATIVE = "fp8_convert"  # mixed modes or convolutions: stock readers refuse it by name
+QUANT_METHOD_NATIVE = "fp8_convert"  # mixed modes, convolutions, scales of rows: stock readers refuse it by name
 
 SOURCE_DTYPES = ("BF16", "F16", "F32")  # of weights that can become FP8
 
 W8A8 = "w8a8"
 STORAGE = "storage"
 SCHEME_TENSOR = "tensor"
+SCHEME_CHANNEL = "channel"
 
 Block = tuple[int, int]
 
@@ -41,26 +44,41 @@ Block = tuple[int, int]
 class WeightFormat:
     """How a weight is FP8: in which mode it is run, and what one scale covers.
 
-    mode: "w8a8" or "storage". block: rows and columns of a scale's block, None for one scale per tensor.
+    mode: "w8a8" or "storage". block: rows and columns of a scale's block. channel: whether each row (an output
+    channel) has a scale. With neither, one scale covers the tensor; ValueError for both.
     """
 
     mode: str
     block: Block | None = None
+    channel: bool = False
+
+    def __post_init__(self) -> None:
+        if self.channel and self.block is not None:
+            raise ValueError("a scale covers a row or a block, not both")
+
+    @property
+    def per_tensor(self) -> bool:
+        """Whether one scale covers the whole tensor."""
+        return self.block is None and not self.channel
 
     @property
     def scheme(self) -> str:
-        """`tensor`, or for blocks of n rows and k columns `block{n}x{k}`."""
-        return SCHEME_TENSOR if self.block is None else f"block{self.block[0]}x{self.block[1]}"
+        """`tensor`, `channel`, or for blocks of n rows and k columns `block{n}x{k}`."""
+        if self.block is not None:
+            return f"block{self.block[0]}x{self.block[1]}"
+        return SCHEME_CHANNEL if self.channel else SCHEME_TENSOR
 
     def scale_key(self, module: str) -> str:
         """The tensor name of a module's weight scale."""
         return module + (WEIGHT_SCALE if self.block is None else WEIGHT_SCALE_INV)
 
     def scale_shape(self, weight_shape: Sequence[int]) -> tuple[int, ...]:
-        """() per tensor; [ceil(N/bn), ceil(K/bk)] for a 2-D weight in blocks. Raises ValueError for other weights."""
-        if self.block is None:
+        """() per tensor; for a 2-D weight [N, 1] or [ceil(N/bn), ceil(K/bk)]. Raises ValueError for other weights."""
+        if self.per_tensor:
             return ()
         rows, columns = weight_shape
+        if self.block is None:
+            return rows, 1
         return -(-rows // self.block[0]), -(-columns // self.block[1])
 
     @classmethod
@@ -71,6 +89,8 @@ class WeightFormat:
         mode, scheme = entry
         if scheme == SCHEME_TENSOR:
             return cls(mode)
+        if scheme == SCHEME_CHANNEL:
+            return cls(mode, channel=True)
         match = re.fullmatch(r"block([1-9]\d*)x([1-9]\d*)", str(scheme))
         if match is None:
             raise ValueError(f"the unknown scheme {scheme!r}")

@@ -1,8 +1,8 @@
 """Values of JSON as frozen dataclasses: each key is a field, and each value has the field's type, or it is refused.
 
-A field is a str, a bool, an int (a size or a count: 0 to 2**63 - 1), a dataclass, a `Mapping[str, X]`, a list as
-`tuple[X, ...]` or as a tuple of a fixed length, or any of these `| None`. A field `class_` is the key `class`. A field
-with a default may be missing.
+A field is a str, a bool, a float, an int (a size or a count: 0 to 2**63 - 1), a dataclass, a `Mapping[str, X]`, a
+list as `tuple[X, ...]` or as a tuple of a fixed length, or any of these `| None`. A field `class_` is the key `class`.
+A field with a default may be missing.
 """
 
 from __future__ import annotations

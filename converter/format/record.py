@@ -24,17 +24,42 @@ SEAL = "record_sha256"
 # Fields by the format that brought them: a record of that format or a newer one has them, an older one does not.
 _ADDED = {
     2: (("recipe", "max_shard_size"), ("components", "shared_scales")),
-    3: (("recipe", "target"), ("shards", "component"), ("shards", "parts")),
-}
+    3: (
+        ("recipe", "target"), ("recipe", "merged_loras"), ("shards", "component"), ("shards", "parts"),
+        ("source", "base_repo"), ("source", "base_commit"),
+        ("components", "imported"), ("components", "unequal_scales"),
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class RecordedSource(Brief):
-    """What was converted: Hub id and commit (None for a folder), the pipeline's class (None for a lone component)."""
+    """What was converted: Hub id and commit (None for a folder), the pipeline's class (None for a lone component).
+
+    base_repo, base_commit: the Hub id and commit that lent an imported checkpoint all but its weights.
+    """
 
     repo: str | None
     commit: str | None
     pipeline: str | None
+    base_repo: str | None = None
+    base_commit: str | None = None
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class RecordedLora(Brief):
+    """A LoRA that was merged: digests of its file and of the adapter_config.json beside it, and how it was scaled.
+
+    component: the DiT that was named for it, None where that was left to its names.
+    """
+
+    sha256: str
+    config_sha256: str | None
+    scale: float
+    component: str | None
+
+    def __str__(self) -> str:
+        return f"the LoRA {self.sha256:.12} at scale {self.scale:g}{f' in {self.component}' if self.component else ''}"
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -52,6 +77,7 @@ class RecordedRecipe(Brief):
     max_shard_size: int | None = None
     target: str = "native"
     input_scales_sha256: str | None
+    merged_loras: tuple[RecordedLora, ...] = ()
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -72,13 +98,19 @@ class RecordedDecision(Brief):
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class RecordedComponent(Brief):
-    """One component; `fp8_modules` are counts by mode, `shared_scales` the modules of each group with one scale."""
+    """One component; `fp8_modules` are counts by mode, `shared_scales` the modules of each group with one scale.
+
+    imported: the layout that its FP8 weights were imported from, None where this tool made them. unequal_scales: the
+    modules of each group that runtimes fuse and whose imported scales differ.
+    """
 
     class_: str | None
     fp8_modules: Mapping[str, int]
     bytes_before: int
     bytes_after: int
     shared_scales: tuple[tuple[str, ...], ...] = ()
+    imported: str | None = None
+    unequal_scales: tuple[tuple[str, ...], ...] = ()
     decisions: tuple[RecordedDecision, ...]
 
     @property

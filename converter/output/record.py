@@ -44,7 +44,13 @@ def make_record(plan: Plan, done: Mapping[str, Done]) -> Record:
         format=layout.RECORD_FORMAT,
         tool="fp8-convert",
         tool_version=tool_version(),
-        source=RecordedSource(repo=snapshot.repo, commit=snapshot.commit, pipeline=snapshot.pipeline),
+        source=RecordedSource(
+            repo=snapshot.repo,
+            commit=snapshot.commit,
+            pipeline=snapshot.pipeline,
+            base_repo=snapshot.base_repo,
+            base_commit=snapshot.base_commit,
+        ),
         recipe=read_value(RecordedRecipe, plan.recipe.to_json(), "the recipe"),
         recipe_sha256=plan.recipe.sha256(),
         components={c.source.name: _component(c) for c in plan.components},
@@ -101,6 +107,8 @@ def _component(component: ComponentPlan) -> RecordedComponent:
         bytes_before=before,
         bytes_after=after,
         shared_scales=_shared_scales(component),
+        imported=component.imported.layout if component.imported is not None else None,
+        unequal_scales=component.imported.unequal_scales if component.imported is not None else (),
         decisions=tuple(_decision(component, row) for row in rows(component)),
     )
 

@@ -22,7 +22,7 @@ from ..format.layout import RECORD_FILE, encode_json
 from ..plan.plan import ComponentPlan, Plan, ShardPlan
 from ..plan.sharding import OutputFile
 from ..plan.single_file import SingleFile
-from ..snapshot.files import Files, SourceFile
+from ..snapshot.files import Files, SourceFile, content_sha256
 from ..snapshot.hub import HubFiles
 from ..snapshot.locate import fetch
 from ..stream import compiled
@@ -149,6 +149,9 @@ def _kept_single(component: ComponentPlan, target: Target, supply: Supply, earli
         before = read.get(shard.source.path)
         if before is None or not _same_source(shard, supply.find(shard.source), before):
             return None
+    carried = [extra.file for extra in (component.single.extras if component.single else ()) if extra.file]
+    if any(path not in read or read[path].sha256 != content_sha256(supply.files, path) for path in carried):
+        return None
     return done
 
 
@@ -263,13 +266,17 @@ def _write_single(
     """Write every shard of a component into its one file, which counts once it is whole."""
     file = single.file
     sources: list[Source] = []
+    carried: list[Source] = []
     with PlacedWriter(target.staged(file.path), file.size, file.path) as writer:
         writer.write(memoryview(file.header), 0)
         for extra in single.extras:
-            position = len(file.header) + single.start_of(extra)
-            for piece in supply.files.pieces(extra.file) if extra.file else ():
-                writer.write(memoryview(piece), position)
-                position += len(piece)
+            if extra.file is not None:
+                position, digest = len(file.header) + single.start_of(extra), hashlib.sha256()
+                for piece in supply.files.pieces(extra.file):
+                    writer.write(memoryview(piece), position)
+                    position += len(piece)
+                    digest.update(piece)
+                carried.append(Source(extra.file, extra.nbytes, digest.hexdigest()))
         for stream in streams:
             shard, outputs = stream.plan.source, stream.plan.schedule.outputs
             written = reported = 0
@@ -284,7 +291,7 @@ def _write_single(
             sources.append(Source(shard.path, shard.size, stream.sha256, stream.source.stat))
             supply.done(shard)  # a file that is interrupted begins anew, and fetches it again
         sha256 = writer.commit()
-    first, *others = sources
+    first, *others = (*sources, *carried)
     target.add(Done(file.path, file.size, sha256, first.size, first.sha256, first.stat, tuple(others)))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..format.layout import RECORD_FILE, STAGING
 from ..snapshot.snapshot import CONFIG, MODEL_INDEX
+from ..targets.comfyui import DIFFUSION_MODELS, TEXT_ENCODERS
 from .journal import read_journal
 
 
@@ -38,4 +39,7 @@ def find_unfinished(folder: Path) -> Unfinished | None:
 
 def is_published(folder: Path) -> bool:
     """Whether a finished snapshot is in the folder, whatever else is there."""
-    return (folder / RECORD_FILE).is_file() and any((folder / name).is_file() for name in (MODEL_INDEX, CONFIG))
+    return (folder / RECORD_FILE).is_file() and (
+        any((folder / name).is_file() for name in (MODEL_INDEX, CONFIG))
+        or any((folder / name).is_dir() for name in (DIFFUSION_MODELS, TEXT_ENCODERS))
+    )

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..format import layout
 from ..format.header import PREFIX_BYTES
+from ..snapshot.modules import ModuleMap
 from ..snapshot.snapshot import Component, Shard
 from ..targets.target import Layer
 from ..telling.errors import ConvertError
@@ -27,14 +28,14 @@ def plan_component(
     rules: ComponentRules | None,
     decisions: Mapping[str, PlannedTensor],
     recipe: Recipe,
-    problem: str | None,
+    modules: ModuleMap | None,
     memory: Memory,
     components: Sequence[Component],
 ) -> ComponentPlan:
     """Lay out the component's shards and config.
 
-    problem: why its class could not be built. components: all of its snapshot. Raises ConvertError for what the target
-    would not read right.
+    modules: of its class, None where nothing of it is converted. components: all of its snapshot. Raises ConvertError
+    for what the target would not read right.
     """
     shards_of_group = Counter(
         group
@@ -49,7 +50,10 @@ def plan_component(
         shards.append(plan_shard(component, source, tensors, spread, recipe.max_shard_size, memory))
     shards = _named(component, shards)
     converted = any(t.decision.fp8 for s in shards for t in s.tensors)
-    config = _config(component, rules, shards, recipe, components) if rules is not None and converted else None
+    config = None
+    if rules is not None and converted:
+        config = _config(component, rules, shards, recipe, components, modules.tied if modules else ())
+    problem = modules.problem if modules else None
     return ComponentPlan(component, rules if converted else None, tuple(shards), config, problem)
 
 
@@ -67,7 +71,7 @@ def plan_shard(
     """
     schedule = make_schedule(tensors, spread, memory)
     modules = {t.module: t.decision.format for t in tensors if t.decision.format is not None}
-    if not modules:  # nothing becomes FP8: the file is copied, header and all, where it need not be cut
+    if not modules and not source.renamed:  # the file is copied, header and all, where it need not be cut
         schedule = replace(schedule, outputs=source.header.tensors, measured=(), early=(), late=())
         if max_shard_size is None or source.size <= max_shard_size or not schedule.outputs:
             header = len(source.header.raw).to_bytes(PREFIX_BYTES, "little") + source.header.raw
@@ -101,16 +105,22 @@ def _config(
     shards: Sequence[ShardPlan],
     recipe: Recipe,
     components: Sequence[Component],
+    tied: Collection[str],
 ) -> dict[str, Any]:
-    """The component's config.json with its quantization_config."""
+    """The component's config.json with its quantization_config.
+
+    tied: linears without a weight of their own in the checkpoint.
+    """
     tensors = [t for shard in shards for t in shard.tensors]
     fp8 = [t.decision for t in tensors if t.decision.fp8]
     formats = {d.format for d in fp8 if d.format is not None}
     # Other readers take an "fp8" component's linears for what its kind is run in: a DiT's for W8A8.
+    # Of a scale for each row they know nothing.
     native = len(formats) > 1 or any(d.kind != "Linear" or d.mode != rules.mode for d in fp8)
+    native = native or any(f.channel for f in formats)
     own = {f.block for f in formats if f.mode == rules.mode and f.block is not None}
     kept = [t.module for t in tensors if t.decision.kind == "Linear" and not t.decision.fp8]
-    ignored = recipe.reader.ignored_layers(component, kept, components)
+    ignored = recipe.reader.ignored_layers(component, {*tied, *kept}, components)
     layers = [Layer(t.module, t.decision.kind, t.decision.format) for t in tensors if t.decision.kind is not None]
     if problem := next(recipe.reader.problems(component, layers, ignored), None):
         raise ConvertError(f"{component.label} cannot be written for --target {recipe.target}: {problem}.")

@@ -1,4 +1,4 @@
-"""How much of a snapshot becomes FP8 and what keeps the rest: notes for the user, and no conversion of next to nothing.
+"""How much of a snapshot becomes FP8 and what keeps the rest: notes, and the refusal to convert next to nothing.
 
 What a manifest keeps by a rule of its own, with evidence, is no news. What it keeps because no rule speaks of it is.
 """
@@ -10,32 +10,37 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from ..format.layout import WEIGHT
 from ..snapshot.snapshot import Component, Snapshot
-from ..telling.errors import ConvertError
-from .decide import PlannedTensor
+from .decide import EXPERTS, PlannedTensor
 from .manifest import ComponentRules, Manifest
 
 LEAST_LINEARS = 0.1  # of a DiT's linear parameters: below that the manifest is not made for it
-FEW_LINEARS = 1 / 3  # below that a note says so; Qwen-Image without img_mlp has 44%
+FEW_LINEARS = 0.3  # below that a note says so; without img_mlp Qwen-Image has 44%, Qwen-Image-2.1 30.2%
 MUCH = 0.05  # of the bytes: what stays without a rule, or a component that no table names
 
 _WORTH_NAMING = 0.05  # of what stays: the smallest reason that is given
 
 
-def kept_note(
+def too_little(
     label: str, tensors: Sequence[PlannedTensor], rules: ComponentRules, user_patterns: Collection[str], manifest: str
 ) -> str | None:
-    """What stays of a component and why, where that is unusual. What the user's own patterns keep is not counted.
-
-    Raises ConvertError for a DiT of which next to nothing becomes FP8.
-    """
-    kept = [t for t in tensors if not t.decision.fp8 and t.decision.rule not in user_patterns]
+    """Why a DiT of which next to nothing becomes FP8 is refused, None for one that is not."""
+    kept = _kept(tensors, user_patterns)
     share = _share_of_linears(tensors, kept) if rules.runs_in_fp8 else 1.0
-    if share < LEAST_LINEARS:
-        raise ConvertError(
-            f"Only {_percent(share)} of the linear parameters of {label} would become FP8 with the manifest "
-            f"{manifest}: {reasons(kept)}; pass the manifest of its family (`fp8-convert manifests` lists them) or a "
-            "copy that names its layers, or leave it out with --component."
-        )
+    if share >= LEAST_LINEARS:
+        return None
+    return (
+        f"Only {_percent(share)} of the linear parameters of {label} would become FP8 with the manifest "
+        f"{manifest}: {reasons(kept)}; pass the manifest of its family (`fp8-convert manifests` lists them) or a "
+        "copy that names its layers, or leave it out with --component."
+    )
+
+
+def kept_note(
+    label: str, tensors: Sequence[PlannedTensor], rules: ComponentRules, user_patterns: Collection[str]
+) -> str | None:
+    """What stays of a component and why, where that is unusual. What the user's own patterns keep is not counted."""
+    kept = _kept(tensors, user_patterns)
+    share = _share_of_linears(tensors, kept) if rules.runs_in_fp8 else 1.0
     if not any(t.decision.fp8 for t in tensors):
         return None if rules.runs_in_fp8 else f"{label} stays as it is: {reasons(kept)}"  # a DiT's user asked for it
     total, kept_bytes, unruled = _bytes_of(tensors), _bytes_of(kept), _bytes_of(_unruled(kept, rules))
@@ -89,8 +94,8 @@ def nothing_converted(
     decisions: Mapping[str, Mapping[str, PlannedTensor]],
     problems: Mapping[str, str],
     user_patterns: Collection[str],
-) -> ConvertError:
-    """The error for a plan without any FP8 weight: why, component by component, and what to do."""
+) -> str:
+    """The refusal of a plan without any FP8 weight: why, component by component, and what to do."""
     said, asked = [], False
     for component in snapshot.components:
         rules = chosen[component.name]
@@ -108,7 +113,7 @@ def nothing_converted(
     elif asked:
         advice = "drop some of the ignored layers"
     why = "; ".join(said)
-    return ConvertError(f"Nothing in {snapshot.label} becomes FP8 with the manifest {manifest.name} ({why}); {advice}.")
+    return f"Nothing in {snapshot.label} becomes FP8 with the manifest {manifest.name} ({why}); {advice}."
 
 
 def reasons(tensors: Iterable[PlannedTensor]) -> str:
@@ -125,9 +130,14 @@ def reasons(tensors: Iterable[PlannedTensor]) -> str:
     return ", ".join(_reason(*group) for n, group in enumerate(groups) if n == 0 or _bytes_of(group[1]) >= least)
 
 
+def _kept(tensors: Iterable[PlannedTensor], user_patterns: Collection[str]) -> list[PlannedTensor]:
+    return [t for t in tensors if not t.decision.fp8 and t.decision.rule not in user_patterns]
+
+
 def _reason(rule: str, tensors: Sequence[PlannedTensor]) -> str:
     count = f"{len(tensors)} tensors" if len(tensors) > 1 else "1 tensor"
-    return f"{rule} ({count}, {_size(_bytes_of(tensors))}, such as {tensors[0].module})"
+    more = "; they are loaded into 3-D parameters, which no FP8 layer holds yet" if rule == EXPERTS.rule else ""
+    return f"{rule} ({count}, {_size(_bytes_of(tensors))}, such as {tensors[0].module}{more})"
 
 
 def _share_of_linears(tensors: Sequence[PlannedTensor], kept: Iterable[PlannedTensor]) -> float:

@@ -10,14 +10,19 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from ..format.header import TensorInfo
-from ..format.layout import SOURCE_DTYPES, STORAGE, WEIGHT, Block, WeightFormat
+from ..format.layout import SCHEME_CHANNEL, SOURCE_DTYPES, STORAGE, WEIGHT, Block, WeightFormat
+from ..snapshot.given_scale import GivenScale
 from ..snapshot.modules import ModuleMap
 from ..telling.errors import ConvertError
 from ..telling.notebook import Brief
 from .manifest import ComponentRules, FusionGroup
 from .pattern import closest, matches
+
+if TYPE_CHECKING:
+    from .lora import LowRank
 
 # What --compact stores linears in: the block that every reader of block scales knows.
 STORAGE_FORMAT = WeightFormat(STORAGE, (128, 128))
@@ -29,6 +34,8 @@ class Decision(Brief):
 
     `rule` is the pattern, or for rules that no manifest states a short phrase; `group` names the fusion group whose
     members share the scale; `input_scale` is the activation scale that is written beside the weight's, if one is.
+    `given` is the scale of codes that another tool made: they are copied, or without a `format` made BF16. `dropped`
+    tensors are not written.
     """
 
     rule: str
@@ -37,6 +44,8 @@ class Decision(Brief):
     format: WeightFormat | None = None
     group: str | None = None
     input_scale: float | None = None
+    given: GivenScale | None = None
+    dropped: bool = False
 
     @property
     def fp8(self) -> bool:
@@ -51,16 +60,22 @@ class Decision(Brief):
         return self.format.block if self.format else None
 
     @property
+    def per_tensor(self) -> bool:
+        """Whether it becomes FP8 with one scale, which it may share."""
+        return self.format is not None and self.format.per_tensor
+
+    @property
     def scheme(self) -> str | None:
         return self.format.scheme if self.format else None
 
 
 @dataclass(frozen=True, repr=False)
 class PlannedTensor(Brief):
-    """A source tensor and its decision."""
+    """A source tensor and its decision. merges: what LoRAs add to it first, one after the other."""
 
     info: TensorInfo
     decision: Decision
+    merges: tuple[LowRank, ...] = ()
 
     @property
     def module(self) -> str:
@@ -69,7 +84,18 @@ class PlannedTensor(Brief):
     @property
     def out_bytes(self) -> int:
         """Bytes of the output tensor, scales not counted."""
-        return self.info.numel if self.decision.fp8 else self.info.nbytes
+        if self.decision.dropped:
+            return 0
+        if self.decision.fp8:
+            return self.info.numel
+        return 2 * self.info.numel if self.decision.given is not None else self.info.nbytes
+
+    @property
+    def out_dtype(self) -> str:
+        """The dtype of the output tensor."""
+        if self.decision.fp8:
+            return "F8_E4M3"
+        return "BF16" if self.decision.given is not None else self.info.dtype
 
     @property
     def bytes_after(self) -> int:
@@ -83,7 +109,7 @@ def scale_bytes(shape: Sequence[int], how: WeightFormat) -> int:
     return 4 * math.prod(how.scale_shape(shape))
 
 
-_EXPERTS = Decision(
+EXPERTS = Decision(
     "experts",
     "expert weights, which the component's class stacks in 3-D parameters: no layer of a kind that becomes FP8",
 )
@@ -107,8 +133,8 @@ def decide(
     """Decide every tensor of one component; returns the decisions in order and notes for the user.
 
     user_patterns: `--ignored-layers`, already expanded by `expand_aliases`; they keep what they match in the
-    source dtype. block: block size of the component's own mode, None for per-tensor scales. storage: what `compact`
-    stores linears in.
+    source dtype. block: block size of the component's own mode, None for the scales that the rules state. storage: what
+    `compact` stores linears in.
     """
     stored = storage if compact else None
     decided = [PlannedTensor(t, _decide_one(t, rules, modules, user_patterns, stored, block)) for t in tensors]
@@ -145,12 +171,12 @@ def _decide_one(
 ) -> Decision:
     if not tensor.name.endswith(WEIGHT):
         if len(tensor.shape) == 3 and _is_of_experts(tensor.name):
-            return _EXPERTS
+            return EXPERTS
         return Decision("no weight", "biases, tables and buffers are small and stay as they are")
     module = tensor.name.removesuffix(WEIGHT)
     kind = modules.kinds.get(module)
     if kind is None and modules.problem is None and _is_of_experts(module):
-        return _EXPERTS
+        return EXPERTS
     if kind is None:
         return Decision("unknown module", modules.problem or "no module of the component's class has this name")
     if kind not in rules.kinds:
@@ -168,11 +194,17 @@ def _decide_one(
         how = storage if kind == "Linear" else WeightFormat(STORAGE)
         chosen = Decision(stored.pattern, stored.why, kind, how)
     elif eligible := rules.rule_for(rules.eligible, module):
-        how = WeightFormat(rules.mode, block if kind == "Linear" else None)
-        chosen = Decision(eligible.pattern, eligible.why, kind, how)
+        chosen = Decision(eligible.pattern, eligible.why, kind, _own_format(rules, kind, block))
     else:
         return Decision("not eligible", "no pattern of the manifest makes it eligible", kind)
     return _fit(tensor, chosen, rules)
+
+
+def _own_format(rules: ComponentRules, kind: str, block: Block | None) -> WeightFormat:
+    """The component's own format of a weight: scales of blocks and rows are for linears alone."""
+    if kind != "Linear":
+        return WeightFormat(rules.mode)
+    return WeightFormat(rules.mode, block, channel=block is None and rules.weight_scales == SCHEME_CHANNEL)
 
 
 def _is_of_experts(name: str) -> bool:
@@ -205,7 +237,7 @@ def _make_groups_whole(
     """Give fusion group members one group name, and keep them all where one is kept."""
     members: dict[str, list[int]] = {}
     for position, tensor in enumerate(decided):
-        if (name := _group_of(tensor, groups)) is not None:
+        if (name := group_of(tensor, groups)) is not None:
             members.setdefault(name, []).append(position)
     taken_along: Counter[str] = Counter()
     for name, positions in members.items():
@@ -213,7 +245,7 @@ def _make_groups_whole(
         for p in positions:
             tensor = decided[p]
             if not kept:
-                if tensor.decision.block is None and len(positions) > 1:
+                if tensor.decision.per_tensor and len(positions) > 1:
                     decided[p] = PlannedTensor(tensor.info, replace(tensor.decision, group=name))
             elif tensor.decision.fp8:
                 cause = kept[0]
@@ -228,7 +260,7 @@ def _make_groups_whole(
     return decided, notes
 
 
-def _group_of(tensor: PlannedTensor, groups: Sequence[FusionGroup]) -> str | None:
+def group_of(tensor: PlannedTensor, groups: Sequence[FusionGroup]) -> str | None:
     """`parent.(a|b|c)` for a member of a fusion group."""
     if tensor.decision.kind is None or not tensor.info.name.endswith(WEIGHT):
         return None

@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..format.layout import W8A8
+from ..format.layout import SCHEME_CHANNEL, SCHEME_TENSOR, W8A8
 from ..format.untrusted import check_text
 from ..telling.errors import ConvertError
 from ..telling.notebook import Brief
@@ -26,6 +26,7 @@ from .pattern import matches
 MODES = ("w8a8", "storage", "keep")
 KINDS = ("Linear", "Conv2d", "Conv3d")
 UNALIGNED = ("pad", "keep")
+WEIGHT_SCALES = (SCHEME_TENSOR, SCHEME_CHANNEL)
 DEFAULT = "default"
 SECTIONS = ("eligible", "never_layers", "ignored_layers", "storage_layers")  # lists of patterns
 _SHOWN = 60  # characters of a wrong value that an error repeats
@@ -67,6 +68,7 @@ class ComponentRules(Brief):
     classes: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
     weight_block_size: tuple[int, int] | None = None
+    weight_scales: str = SCHEME_TENSOR
     unaligned: str = "pad"
     eligible: tuple[Rule, ...] = ()
     never_layers: tuple[Rule, ...] = ()
@@ -212,6 +214,7 @@ def _component(name: str, table: _Table) -> ComponentRules:
         classes=table.texts("classes"),
         kinds=table.texts("kinds", KINDS),
         weight_block_size=table.block("weight_block_size"),
+        weight_scales=table.choice("weight_scales", WEIGHT_SCALES, SCHEME_TENSOR),
         unaligned=table.choice("unaligned", UNALIGNED, "pad"),
         eligible=_rules(table, "eligible"),
         never_layers=_rules(table, "never_layers"),
@@ -223,6 +226,8 @@ def _component(name: str, table: _Table) -> ComponentRules:
     table.done()
     if rules.mode != "keep" and not (rules.kinds and rules.eligible):
         raise ConvertError(f"{table.where}: mode {rules.mode!r} needs kinds and eligible patterns; add them.")
+    if rules.weight_block_size and rules.weight_scales != SCHEME_TENSOR:
+        raise ConvertError(f"{table.where}: 'weight_scales' and 'weight_block_size' exclude each other; drop one.")
     return rules
 
 

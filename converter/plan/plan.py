@@ -24,7 +24,10 @@ from .single_file import SingleFile
 
 @dataclass(frozen=True, repr=False)
 class ShardPlan(Brief):
-    """One source shard and the output files that it becomes, mostly one. Without FP8 weights it is `copied`."""
+    """One source shard and the output files that it becomes, mostly one.
+
+    `copied` without FP8 weights, where its tensors are the file's own.
+    """
 
     component: str
     source: Shard
@@ -34,12 +37,20 @@ class ShardPlan(Brief):
 
     @property
     def copied(self) -> bool:
-        return not any(t.decision.fp8 for t in self.tensors)
+        return not self.source.renamed and not any(t.decision.fp8 for t in self.tensors)
 
     @property
     def size(self) -> int:
         """Bytes of the output files."""
         return sum(file.size for file in self.files)
+
+
+@dataclass(frozen=True, repr=False)
+class Imported(Brief):
+    """A component whose FP8 weights another tool made: its layout, and the modules of groups with unequal scales."""
+
+    layout: str
+    unequal_scales: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True, repr=False)
@@ -54,6 +65,7 @@ class ComponentPlan(Brief):
     shards: tuple[ShardPlan, ...]
     config: Mapping[str, Any] | None
     problem: str | None
+    imported: Imported | None = None
     single: SingleFile | None = None
 
     @property

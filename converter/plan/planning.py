@@ -13,15 +13,18 @@ from dataclasses import replace
 from ..format import layout
 from ..snapshot.modules import ModuleMap, module_map
 from ..snapshot.snapshot import CONFIG, MODEL_INDEX, Component, LeftOut, Snapshot
+from ..targets.target import NATIVE
 from ..telling.errors import ConvertError
 from ..telling.quantities import byte_count
 from .component import encode_index, plan_component
-from .coverage import integer_note, kept_note, nothing_converted, unnamed_notes, why_unnamed
+from .coverage import integer_note, kept_note, nothing_converted, too_little, unnamed_notes, why_unnamed
 from .decide import STORAGE_FORMAT, PlannedTensor, check_patterns, decide, expand_aliases, keep_all
 from .manifest import ComponentRules, Rule
 from .matching import Match, components_of, match_entries, match_tables, refuse_problems, why_unmatched
+from .merges import with_merges
 from .plan import ComponentPlan, Plan
 from .recipe import Recipe
+from .refused import PlanRefusedError
 from .schedule import MEMORY, Memory
 from .single_files import single_files
 from .unquantized import check_unquantized
@@ -30,8 +33,9 @@ _MOST_NOTES = 4  # on files that are left out for one reason
 
 
 def make_plan(snapshot: Snapshot, recipe: Recipe, memory: Memory = MEMORY) -> Plan:
-    """Decide every tensor of the snapshot and lay out every output file. Raises ConvertError for what cannot be.
+    """Decide every tensor of the snapshot and lay out every output file.
 
+    Raises ConvertError for what cannot be, and PlanRefusedError, with the plan, for what would convert next to nothing.
     memory: what the conversion of a shard may take; the order of an output's tensors follows from it.
     """
     refuse_problems(recipe.manifest, match_tables(recipe.manifest, snapshot))
@@ -43,26 +47,31 @@ def make_plan(snapshot: Snapshot, recipe: Recipe, memory: Memory = MEMORY) -> Pl
     maps = {c.name: module_map(c) for c in snapshot.components if chosen[c.name] is not None}
     _check_entries(snapshot, recipe, maps)
     decisions, notes, problems = _decide_all(snapshot, recipe, chosen, maps)
-    if not any(t.decision.fp8 for tensors in decisions.values() for t in tensors.values()):
-        asked = _user_patterns(recipe, chosen)
-        raise nothing_converted(snapshot, recipe.manifest, chosen, decisions, problems, asked)
+    refusal = _refusal(snapshot, recipe, chosen, decisions, problems)
     notes += _coverage_notes(snapshot, recipe, chosen, decisions, problems)
-    decisions = _with_input_scales(decisions, recipe)
+    if refusal is None:
+        decisions = _with_input_scales(decisions, recipe)
+    if refusal is None and recipe.loras:
+        decisions, merged = with_merges(decisions, snapshot, recipe, [n for n, rules in chosen.items() if rules])
+        notes += merged
     components = tuple(
-        plan_component(c, chosen[c.name], decisions[c.name], recipe, problems.get(c.name), memory, snapshot.components)
+        plan_component(c, chosen[c.name], decisions[c.name], recipe, maps.get(c.name), memory, snapshot.components)
         for c in snapshot.components
     )
     if recipe.reader.single_files:
         return single_files(snapshot, recipe, components, notes)
-    files = _json_files(components)
+    files = json_files(components)
     of_target = recipe.reader.notes(snapshot.components)
-    notes = [*snapshot.remarks, *_left_out_notes(snapshot.left_out), *notes, *_compact_notes(recipe, components)]
+    notes = [*snapshot.remarks, *left_out_notes(snapshot.left_out), *notes, *_compact_notes(recipe, components)]
     notes += of_target
     sidecars = {path: size for path, size in snapshot.sidecars.items() if path not in files}
-    return Plan(snapshot, recipe, components, files, sidecars, tuple(notes))
+    plan = Plan(snapshot, recipe, components, files, sidecars, tuple(notes))
+    if refusal is not None:
+        raise PlanRefusedError(refusal, plan)
+    return plan
 
 
-def _json_files(components: Iterable[ComponentPlan]) -> dict[str, bytes]:
+def json_files(components: Iterable[ComponentPlan]) -> dict[str, bytes]:
     """The configs and indices to write."""
     files = {}
     for component in components:
@@ -80,7 +89,7 @@ def _compact_notes(recipe: Recipe, components: Iterable[ComponentPlan]) -> list[
     return ["--compact changes nothing here: no DiT layer that is converted has an FP8 storage rule"]
 
 
-def _left_out_notes(left_out: Iterable[LeftOut]) -> list[str]:
+def left_out_notes(left_out: Iterable[LeftOut]) -> list[str]:
     """What is not carried over and why, in a few lines however many folders there are."""
     by_reason: dict[str, list[LeftOut]] = defaultdict(list)
     for item in left_out:
@@ -126,8 +135,14 @@ def _check_components(snapshot: Snapshot, recipe: Recipe, chosen: Mapping[str, C
                 "--manifest."
             )
     for component in snapshot.components:
-        if chosen[component.name] is not None:
-            check_unquantized(component, snapshot.label)
+        if (rules := chosen[component.name]) is None:
+            continue
+        check_unquantized(component, snapshot.label)
+        if rules.weight_scales == layout.SCHEME_CHANNEL and recipe.reader is not NATIVE:
+            raise ConvertError(
+                f"The manifest {recipe.manifest.name} gives {component.label} a scale for each row, which nothing but "
+                f"fp8-convert's loader reads; drop --target {recipe.target} or pass another --manifest."
+            )
     has_dit = any(rules is not None and rules.runs_in_fp8 for rules in chosen.values())
     for given, option in (
         (recipe.ignored_layers, "--ignored-layers"),
@@ -205,6 +220,26 @@ def _decide_all(
     return decisions, list(dict.fromkeys(notes)), problems
 
 
+def _refusal(
+    snapshot: Snapshot,
+    recipe: Recipe,
+    chosen: Mapping[str, ComponentRules | None],
+    decisions: Mapping[str, Mapping[str, PlannedTensor]],
+    problems: Mapping[str, str],
+) -> str | None:
+    """Why a plan that converts nothing, or next to nothing of a DiT, is refused; None for any other."""
+    asked = _user_patterns(recipe, chosen)
+    if not any(t.decision.fp8 for tensors in decisions.values() for t in tensors.values()):
+        return nothing_converted(snapshot, recipe.manifest, chosen, decisions, problems, asked)
+    for component in snapshot.components:
+        rules, tensors = chosen[component.name], list(decisions[component.name].values())
+        if rules is not None and component.name not in problems:
+            found = too_little(component.label, tensors, rules, asked, recipe.manifest.name)
+            if found is not None:
+                return found
+    return None
+
+
 def _coverage_notes(
     snapshot: Snapshot,
     recipe: Recipe,
@@ -212,7 +247,7 @@ def _coverage_notes(
     decisions: Mapping[str, Mapping[str, PlannedTensor]],
     problems: Mapping[str, str],
 ) -> list[str]:
-    """What stays as it is and might surprise. Raises ConvertError for a DiT of which next to nothing becomes FP8."""
+    """What stays as it is and might surprise."""
     asked = _user_patterns(recipe, chosen)
     notes = [] if recipe.components else unnamed_notes(snapshot, recipe.manifest)
     for component in snapshot.components:
@@ -220,7 +255,7 @@ def _coverage_notes(
         if rules is None or component.name in problems:
             continue
         tensors = list(decisions[component.name].values())
-        kept = kept_note(component.label, tensors, rules, asked, recipe.manifest.name)
+        kept = kept_note(component.label, tensors, rules, asked)
         notes += filter(None, [kept, integer_note(component.label, tensors)])
     return notes
 
@@ -251,6 +286,12 @@ def _with_input_scales(
     given = recipe.input_scales
     w8a8 = [t for tensors in decisions.values() for t in tensors.values() if t.decision.mode == layout.W8A8]
     for tensor in w8a8:
+        if not tensor.decision.per_tensor:
+            raise ConvertError(
+                f"The manifest {recipe.manifest.name} gives {tensor.module} {tensor.decision.scheme} scales, and "
+                "static activations go with one scale per tensor; drop --activation-scheme static or pass another "
+                "--manifest."
+            )
         if tensor.module not in given:
             raise ConvertError(
                 f"The input scales lack {tensor.module}{layout.INPUT_SCALE}; calibrate it or name the layer in "

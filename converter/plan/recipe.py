@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..format.layout import Block
 from ..targets.choosing import TARGETS
@@ -16,6 +16,9 @@ from ..targets.target import NATIVE, Target
 from ..telling.errors import SettingsError
 from ..telling.notebook import Brief
 from .manifest import Manifest
+
+if TYPE_CHECKING:
+    from .lora import Lora
 
 ACTIVATION_SCHEMES = ("dynamic", "static")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -33,8 +36,8 @@ class Recipe(Brief):
     ignored_layers: patterns beside the manifest's. components: restricts the conversion to these folders; () is
     all that the manifest converts. block: block size for the DiT's weights, None for the manifest's choice.
     input_scales: per module the activation scale of the static scheme. max_shard_size: the most bytes of an output
-    file, as far as whole tensors allow; None cuts none. target: who reads the output. `Settings.resolve` makes one of
-    what a user states.
+    file, as far as whole tensors allow; None cuts none. target: who reads the output. loras: those to merge, one after
+    the other. `Settings.resolve` makes one of what a user states.
     """
 
     manifest: Manifest
@@ -46,6 +49,7 @@ class Recipe(Brief):
     input_scales: Mapping[str, float] | None = None
     max_shard_size: int | None = None
     target: str = NATIVE.name
+    loras: tuple[Lora, ...] = ()
 
     @property
     def reader(self) -> Target:
@@ -66,6 +70,7 @@ class Recipe(Brief):
             "max_shard_size": self.max_shard_size,
             "target": self.target,
             "input_scales_sha256": _digest(dict(self.input_scales)) if self.input_scales else None,
+            "merged_loras": [lora.to_json() for lora in self.loras],
         }
 
     def sha256(self) -> str:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from ..format.header import TensorInfo
+from ..format.header import DTYPE_BITS, TensorInfo
 from ..format.layout import INPUT_SCALE
 from ..telling.notebook import Brief
 from .decide import PlannedTensor, scale_bytes
@@ -75,11 +75,12 @@ def make_schedule(
     """Schedule the tensors (in data order) of one shard. spread_groups: fusion groups with members in others."""
     slot_bytes = max(memory.slot_bytes, *(split_unit(t) for t in tensors), 1)
     pool_slots = max(4, memory.pool_bytes // slot_bytes)
-    early = [i for i, t in enumerate(tensors) if not t.decision.fp8 and t.info.itemsize > 4]
+    wide = (i for i, t in enumerate(tensors) if not t.decision.fp8 and t.info.itemsize > 4)
+    early = [i for i in wide if not tensors[i].decision.dropped]
     late = [i for i, t in enumerate(tensors) if i not in early and t.out_bytes % 4]
-    late.sort(key=lambda i: -tensors[i].info.itemsize)
+    late.sort(key=lambda i: -DTYPE_BITS[tensors[i].out_dtype])
     slots = cut([(i, t.info.start, t.info.nbytes, split_unit(t)) for i, t in enumerate(tensors)], slot_bytes)
-    measured = {g for t in tensors if (g := t.decision.group) in spread_groups and g is not None}
+    measured = {g for t in tensors if (g := scale_domain(t)) in spread_groups and g is not None}
     while (too_large := _overflow(tensors, slots, measured, max(1, pool_slots - _FREE_SLOTS))) is not None:
         measured.add(too_large)
     order = _order(tensors, measured, early, late)
@@ -126,17 +127,18 @@ def cut(extents: Iterable[tuple[int, int, int, int]], slot_bytes: int) -> list[S
 
 
 def scale_domain(tensor: PlannedTensor) -> str | None:
-    """What one per-tensor scale covers: the fusion group, else the tensor itself; None for blocks and kept ones."""
-    if not tensor.decision.fp8 or tensor.decision.block is not None:
+    """What one per-tensor scale covers: the fusion group, else the tensor itself; None where none is to be found."""
+    if not tensor.decision.per_tensor or tensor.decision.given is not None:
         return None
     return tensor.decision.group or tensor.info.name
 
 
 def split_unit(tensor: PlannedTensor) -> int:
-    """Bytes at whose multiples a tensor may be split: a row of blocks, or an element."""
-    if tensor.decision.block is None:
+    """Bytes at whose multiples a tensor may be split: a row, a row of blocks, or an element."""
+    how = tensor.decision.format
+    if how is None or how.per_tensor:
         return tensor.info.itemsize
-    rows = min(tensor.decision.block[0], tensor.info.shape[0])
+    rows = min(how.block[0], tensor.info.shape[0]) if how.block else 1
     return rows * tensor.info.shape[1] * tensor.info.itemsize
 
 
@@ -172,7 +174,7 @@ def _order(
     order = list(early)
     waiting: dict[str, list[int]] = {}
     for number, tensor in enumerate(tensors):
-        if number in apart:
+        if number in apart or tensor.decision.dropped:
             continue
         domain = scale_domain(tensor)
         if domain is None or domain in measured:
@@ -196,7 +198,7 @@ def _lay_out(tensors: Iterable[PlannedTensor]) -> list[TensorInfo]:
 
     for tensor in tensors:
         how, shape = tensor.decision.format, tensor.info.shape
-        place(tensor.info.name, "F8_E4M3" if how else tensor.info.dtype, shape, tensor.out_bytes)
+        place(tensor.info.name, tensor.out_dtype, shape, tensor.out_bytes)
         if how is not None:
             place(how.scale_key(tensor.module), "F32", how.scale_shape(shape), scale_bytes(shape, how))
         if tensor.decision.input_scale is not None:

@@ -11,16 +11,20 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..format.layout import Block
 from ..format.untrusted import check_text
 from ..snapshot.snapshot import Snapshot
 from ..targets.choosing import TARGETS
 from ..telling.errors import SettingsError
+from .lora_request import LORA_USE, LoraRequest, read_requests
 from .manifest import Manifest, choose_manifest, load_manifest
 from .recipe import ACTIVATION_SCHEMES, Recipe, check_scales, parse_size
 from .scales import read_input_scales
+
+if TYPE_CHECKING:
+    from .lora import Lora
 
 _LARGEST_BLOCK = 2**31  # no dimension of a weight is larger
 _MEANINGLESS = (ValueError, TypeError, OverflowError)  # what reading a value raises
@@ -31,7 +35,7 @@ _ALIASES = {"method": "quantization"}  # vLLM's name in a quantization_config
 class Settings:
     """One conversion's settings, by the names of `convert`'s arguments. Raises SettingsError where they contradict.
 
-    input_scales: the file of the static scheme's activation scales.
+    input_scales: the file of the static scheme's activation scales. merge_lora: the LoRAs to merge, in order.
     given: the names of those that were stated rather than left to their default.
     """
 
@@ -45,6 +49,7 @@ class Settings:
     input_scales: Path | None = None
     max_shard_size: int | None = None
     target: str = "native"
+    merge_lora: tuple[LoraRequest, ...] = ()
     given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -93,7 +98,15 @@ class Settings:
             input_scales=None if self.input_scales is None else read_input_scales(self.input_scales),
             max_shard_size=self.max_shard_size,
             target=self.target,
+            loras=self._loras(snapshot),
         )
+
+    def _loras(self, snapshot: Snapshot) -> tuple[Lora, ...]:
+        if not self.merge_lora:
+            return ()
+        from .lora import read_loras  # imports PyTorch
+
+        return read_loras(self.merge_lora, snapshot)
 
 
 def setting_problem(key: str, value: Any) -> str | None:
@@ -186,4 +199,5 @@ _SETTINGS: Mapping[str, _Setting] = {
     "input_scales": _Setting(_path, "use the path of a safetensors file"),
     "max_shard_size": _Setting(parse_size, "use a size such as 5GB or 500MB"),
     "target": _Setting(_one_of(*TARGETS), f"use one of {', '.join(TARGETS)}"),
+    "merge_lora": _Setting(read_requests, LORA_USE),
 }

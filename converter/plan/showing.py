@@ -28,6 +28,11 @@ class Row(Brief):
     bytes_before: int
     bytes_after: int
 
+    @property
+    def otherwise(self) -> str:
+        """What becomes of tensors that are not FP8."""
+        return "left out" if self.bytes_before and not self.bytes_after else "kept"
+
 
 def rows(component: ComponentPlan) -> list[Row]:
     """The component's decisions, summed up by what was decided and why; FP8 first, then by size."""
@@ -78,9 +83,9 @@ def _component_json(component: ComponentPlan) -> dict[str, Any]:
         "shards": [
             {
                 "source": s.source.path,
-                "paths": [file.path for file in s.files],
+                "paths": [file.path for file in s.files or component.files],
                 "bytes_before": s.source.size,
-                "bytes_after": s.size,
+                "bytes_after": s.size or sum(t.bytes_after for t in s.tensors),
                 "tensors": [_tensor_json(t) for t in s.tensors],
             }
             for s in component.shards

@@ -104,7 +104,7 @@ def _entries(original: Original, members: Sequence[PlannedTensor]) -> list[_Entr
 
 def _check_alike(original: Original, members: Sequence[PlannedTensor]) -> None:
     first = members[0]
-    assert first.decision.block is None, f"{first.module} has block scales, which one file has no place for"
+    assert not first.decision.fp8 or first.decision.per_tensor, f"{first.module} has scales that one file cannot hold"
     for other in members[1:]:
         if first.decision.format != other.decision.format or (
             not first.decision.fp8 and first.info.dtype != other.info.dtype

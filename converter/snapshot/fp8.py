@@ -41,7 +41,7 @@ _TEXTS = {
     Fault.METADATA: "has unreadable fp8_convert metadata ({found})",
     Fault.ABSENT: "its metadata name {module}, whose weight it does not hold",
     Fault.NOT_CODES: "{name} is {found}, and the metadata say {due}",
-    Fault.NOT_ROWS: "{name} is {found}, and block scales are for two dimensions",
+    Fault.NOT_ROWS: "{name} is {found}, and scales of rows or blocks are for two dimensions",
     Fault.NO_SCALE: "{name} has no scale {due}",
     Fault.SCALE: "{name} is {found} instead of {due}",
     Fault.SCALAR: "{name} is {found} instead of {due}",
@@ -164,7 +164,7 @@ def _weight_problem(file: str, module: str, how: WeightFormat, tensors: Mapping[
         return Problem(Fault.ABSENT, file, module)
     if weight.dtype != CODES:
         return Problem(Fault.NOT_CODES, file, module, weight.name, weight.dtype, f"{how.mode} {how.scheme}")
-    if how.block is not None and len(weight.shape) != 2:
+    if not how.per_tensor and len(weight.shape) != 2:
         return Problem(Fault.NOT_ROWS, file, module, weight.name, str(list(weight.shape)))
     key = how.scale_key(module)
     if (scale := tensors.get(key)) is None:
@@ -180,11 +180,14 @@ def _guess(
     component: Component, module: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]
 ) -> WeightFormat:
     """Mode and scheme of an FP8 weight that no shard's metadata name."""
+    weight = tensors[module + layout.WEIGHT]
     mode = layout.W8A8 if "transformer" in f"{component.name} {component.class_name}".lower() else layout.STORAGE
-    if len(tensors[module + layout.WEIGHT].shape) != 2:
+    if len(weight.shape) != 2:
         mode = layout.STORAGE
     if module + layout.WEIGHT_SCALE_INV not in tensors:
-        return WeightFormat(mode)
+        scale = tensors.get(module + layout.WEIGHT_SCALE)
+        channel = scale is not None and len(weight.shape) == 2 and scale.shape == (weight.shape[0], 1)
+        return WeightFormat(mode, channel=channel)
     match config.get("weight_block_size"):
         case [int(rows), int(columns)] if rows > 0 and columns > 0:
             return WeightFormat(mode, (rows, columns))

@@ -39,7 +39,7 @@ from .files import LocalFiles, file_pieces
 _FIRST_BYTES = 64 * 1024  # most headers fit; a longer one costs a second request
 _CLIENTS = {module.partition(".")[0] for module in (HfApi.__module__, HTTPError.__module__)}  # and its HTTP library
 _STORED_TOKEN = "The Hub token of this machine (HF_TOKEN, or what `hf auth login` stored)"
-_LOG_IN = "log in with `hf auth login` or pass --token"
+LOG_IN = "log in with `hf auth login` or pass --token"
 _SECRETS = (
     (re.compile(r"(?i)\b(bearer|basic)(\s+|%20)[^\s'\"]+"), r"\1 …"),
     (re.compile(r"\b(hf|api|api_org)_[A-Za-z0-9]\w*"), "…"),
@@ -55,7 +55,7 @@ class HubFiles:
         self.repo, self.options = repo, options
         self._api = HfApi(token=options.token)
         with translated(repo, options):
-            _check_stored_token(options)
+            check_stored_token(options)
             info = self._api.repo_info(repo, revision=options.revision)
             if info.sha is None:
                 raise ResumableError(f"The Hub does not say which commit of {repo} it has; run again in a while.")
@@ -221,9 +221,9 @@ def translated(repo: str, options: HubAccess) -> Iterator[None]:
     except HFValidationError as error:
         raise ConvertError(f"{repo!r} is neither a folder nor a Hub id such as Qwen/Qwen-Image; check it.") from error
     except LocalTokenNotFoundError as error:
-        raise ConvertError(f"token=True asks for the Hub token of this machine, and it has none; {_LOG_IN}.") from error
+        raise ConvertError(f"token=True asks for the Hub token of this machine, and it has none; {LOG_IN}.") from error
     except GatedRepoError as error:
-        raise ConvertError(f"{repo} is gated: accept its terms on its Hub page, then {_LOG_IN}.") from error
+        raise ConvertError(f"{repo} is gated: accept its terms on its Hub page, then {LOG_IN}.") from error
     except RevisionNotFoundError as error:
         raise ConvertError(f"{repo} has no revision {options.revision!r}; check --revision.") from error
     except RepositoryNotFoundError as error:
@@ -267,7 +267,7 @@ def redacted(text: str, options: HubAccess) -> str:
     return text
 
 
-def _check_stored_token(options: HubAccess) -> None:
+def check_stored_token(options: HubAccess) -> None:
     """Raise ConvertError if the machine's own token, where it would be sent, is none that can be."""
     if options.token is False or isinstance(options.token, str):
         return
@@ -276,7 +276,7 @@ def _check_stored_token(options: HubAccess) -> None:
     try:
         token = get_token()
     except UnicodeDecodeError:
-        raise ConvertError(f"{_STORED_TOKEN} is not text; {_LOG_IN}.") from None
+        raise ConvertError(f"{_STORED_TOKEN} is not text; {LOG_IN}.") from None
     if token is not None:
         clean_token(token, _STORED_TOKEN)
 

@@ -22,12 +22,14 @@ class ModuleMap:
     """Modules by checkpoint name (a tensor's key without `.weight`).
 
     `kinds` gives the torch class that counts (`Linear`, `Conv3d`, `Embedding`, …) or the module's own class name;
-    `keep_fp32` the modules that the class keeps in float32; `problem` why there are none, if the class cannot be
-    built.
+    `keep_fp32` the modules that the class keeps in float32; `tied` the linears, by the model's own names, whose weight
+    is another module's and stands in the checkpoint under its name alone; `problem` why there are none, if the class
+    cannot be built.
     """
 
     kinds: Mapping[str, str]
     keep_fp32: frozenset[str] = frozenset()
+    tied: frozenset[str] = frozenset()
     problem: str | None = None
 
 
@@ -48,7 +50,18 @@ def module_map(component: Component) -> ModuleMap:
             kinds[key.removesuffix(WEIGHT)] = _kind(module)
             if stays_float32(model, names[key], torch.float16):  # whatever it is loaded in: files serve every dtype
                 keep_fp32.add(key.removesuffix(WEIGHT))
-    return ModuleMap(kinds, frozenset(keep_fp32))
+    return ModuleMap(kinds, frozenset(keep_fp32), _tied_linears(modules, set(names.values())))
+
+
+def _tied_linears(modules: Mapping[str, torch.nn.Module], stored: set[str]) -> frozenset[str]:
+    """Linears, such as a head, that are not among the `stored` weights and share the parameter of one that is."""
+    weights = {name: getattr(module, "weight", None) for name, module in modules.items()}
+    shared = {id(weight) for name, weight in weights.items() if name + WEIGHT in stored}
+    return frozenset(
+        name
+        for name, weight in weights.items()
+        if name + WEIGHT not in stored and id(weight) in shared and _kind(modules[name]) == "Linear"
+    )
 
 
 def _names(component: Component, model: torch.nn.Module, keys: list[str]) -> Mapping[str, str]:

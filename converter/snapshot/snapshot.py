@@ -19,12 +19,17 @@ STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
 @dataclass(frozen=True, repr=False)
 class Shard(Brief):
-    """One safetensors file of a component."""
+    """One safetensors file of a component.
+
+    renamed: its header's tensors are other ranges of the data than the file's own, under other names; `header.raw` is
+    what stands in the file.
+    """
 
     path: str
     size: int
     header: Header
     sha256: str | None = None  # what the Hub says of it
+    renamed: bool = False
 
 
 @dataclass(frozen=True, repr=False)
@@ -66,6 +71,7 @@ class LeftOut(Brief):
 class Snapshot(Brief):
     """A described snapshot.
 
+    base_repo, base_commit: of the Hub repository that lent an imported checkpoint all but its weights.
     sidecars: bytes of the files to carry over as they are, weights and indices excluded, by path. remarks: sentences on
     what is unusual in it, for the user. single_files: it was written for a reader of single files, without configs.
     """
@@ -78,6 +84,8 @@ class Snapshot(Brief):
     sidecars: Mapping[str, int]
     left_out: tuple[LeftOut, ...] = ()
     remarks: tuple[str, ...] = ()
+    base_repo: str | None = None
+    base_commit: str | None = None
     single_files: bool = False
 
     @property

@@ -1,5 +1,6 @@
-/* E4M3 codes and largest magnitudes on the CPU, one pass each. Called from native.py by ctypes; quantize.py says what
- * is computed. Compile with -ffp-contract=off: a fused multiply-add would round once where the formula rounds twice.
+/* E4M3 codes, largest magnitudes and products on the CPU, one pass each. Called from compiled.py by ctypes; quantize.py
+ * and merging.py say what is computed. Compile with -ffp-contract=off: a fused multiply-add would round once where the
+ * formula rounds twice.
  */
 
 #include <stddef.h>
@@ -84,3 +85,20 @@ DEFINE_CODES(codes_f16, uint16_t, from_f16)
 DEFINE_CODES(codes_f32, uint32_t, from_f32)
 DEFINE_AMAX(amax_16, int16_t, 0x7fff)
 DEFINE_AMAX(amax_32, int32_t, 0x7fffffff)
+
+/* out[r][c] = the sum of b[r][k] * a[k][c] over k in order, rounded to float32 at each step. The product is exact in
+ * double, whose sum is then rounded to float32: with an FMA or without it, the same bits.
+ */
+FOR_THIS_CPU void product_f32(const float *b, const float *a, float *out, size_t rows, size_t rank, size_t columns) {
+    for (size_t row = 0; row < rows; row++, b += rank, out += columns)
+        for (size_t column = 0; column < columns; column += PIECE) {
+            size_t n = least(columns - column, PIECE);
+            float sums[PIECE] = {0};
+            for (size_t k = 0; k < rank; k++) {
+                double factor = b[k];
+                const float *from = a + k * columns + column;
+                for (size_t i = 0; i < n; i++) sums[i] = (float)((double)sums[i] + factor * (double)from[i]);
+            }
+            memcpy(out + column, sums, n * sizeof *sums);
+        }
+}

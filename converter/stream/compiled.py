@@ -26,6 +26,7 @@ def _load() -> ctypes.CDLL | None:
         for width in (16, 32):
             function = getattr(library, f"amax_{width}")
             function.argtypes, function.restype = [pointer, size, size, size, pointer], None
+        library.product_f32.argtypes, library.product_f32.restype = [pointer, pointer, pointer, size, size, size], None
     except (OSError, AttributeError):  # built for another machine, or from other sources
         return None
     return library
@@ -68,3 +69,13 @@ def amax(x: torch.Tensor, width: int) -> torch.Tensor:
     function = getattr(_library, f"amax_{8 * x.itemsize}")
     function(x.data_ptr(), *x.shape, width, largest.data_ptr())
     return largest
+
+
+def product(b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """b [R, rank] @ a [rank, K], contiguous float32: each element a sum over the rank in order, rounded once a step."""
+    assert _library is not None
+    assert b.is_contiguous()
+    assert a.is_contiguous()
+    out = a.new_empty(b.shape[0], a.shape[1])
+    _library.product_f32(b.data_ptr(), a.data_ptr(), out.data_ptr(), b.shape[0], b.shape[1], a.shape[1])
+    return out

@@ -14,6 +14,7 @@ from ..plan.schedule import cut, scale_domain
 from ..snapshot.files import SourceFile
 from .elements import finite, segment_bytes, typed
 from .engine import Engine
+from .merging import merge
 from .quantize import TORCH_DTYPES, amax
 from .reading import SpanReader, open_for_reading
 from .supply import Supply
@@ -46,7 +47,7 @@ def measured_bytes(shards: Iterable[ShardPlan], groups: Collection[str]) -> int:
 def _near(
     shard: ShardPlan, members: list[PlannedTensor], source: SourceFile, engine: Engine
 ) -> Generator[tuple[PlannedTensor, torch.Tensor], None, None]:
-    """The elements of the members, some at a time, on the engine's device; read from a file that is here."""
+    """The elements of the members, some at a time, on the engine's device, merged; read from a file that is here."""
     schedule, data_start = shard.schedule, shard.source.header.data_start
     slots = cut([(i, t.info.start, t.info.nbytes, t.info.itemsize) for i, t in enumerate(members)], schedule.slot_bytes)
     engine.pool.configure(schedule.slot_bytes, schedule.pool_slots)
@@ -60,7 +61,8 @@ def _near(
                 span = reader.next()
                 for segment in slot.segments:
                     tensor = members[segment.tensor]
-                    yield tensor, typed(segment_bytes(span, slot, segment, tensor), tensor).to(engine.device)
+                    x = typed(segment_bytes(span, slot, segment, tensor), tensor).to(engine.device)
+                    yield tensor, merge(x, segment.start // tensor.info.itemsize, tensor.merges)
                 span.release()
     finally:
         os.close(fd)
@@ -75,4 +77,5 @@ def _far(
         start, stop = data_start + tensor.info.start, data_start + tensor.info.end
         for at in range(start, stop, step):
             data = bytearray(supply.range(shard.source, at, min(at + step, stop)))
-            yield tensor, torch.frombuffer(data, dtype=TORCH_DTYPES[tensor.info.dtype])
+            x = torch.frombuffer(data, dtype=TORCH_DTYPES[tensor.info.dtype])
+            yield tensor, merge(x, (at - start) // tensor.info.itemsize, tensor.merges)

@@ -1,6 +1,7 @@
 """The arithmetic of the conversion: float tensors in, E4M3 codes and float32 scales out. No names, no files.
 
 Per tensor:  scale = fp32(max|w|) / 448            (1 for an all-zero tensor, never below 2^-126)
+Per row:     the same of each row                  (1 for an all-zero row)
 Per block:   scale = max(max|block|, 1e-4) / 448
 Codes:       q = e4m3_rne(clamp(fp32(w) * (1 / scale), -448, 448))
 
@@ -67,6 +68,12 @@ def tensor_scale(amax: float) -> np.float32:
     return np.float32(max(np.float32(amax) / np.float32(E4M3_MAX), np.float32(MIN_SCALE)))
 
 
+def row_scales(amax: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The scales of rows from their largest magnitudes, float32 of any shape, finite: `tensor_scale` of each."""
+    scales = np.maximum(amax / np.float32(E4M3_MAX), np.float32(MIN_SCALE))
+    return np.where(amax == 0, np.float32(1), scales)
+
+
 def block_scales(amax: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """The scales of blocks from their largest magnitudes, float32 of any shape, finite."""
     return (np.maximum(amax, np.float32(MIN_BLOCK_AMAX)) / np.float32(E4M3_MAX)).astype(np.float32, copy=False)
@@ -114,6 +121,39 @@ def quantize_blocks(
             floats = _floats(x[rows]).mul_(by_column[number])
             codes[rows].view(torch.float8_e4m3fn).copy_(floats.clamp_(-E4M3_MAX, E4M3_MAX))
     return out, scales, bool(np.isfinite(largest).all())
+
+
+def quantize_rows(
+    x: torch.Tensor, out: torch.Tensor | None = None
+) -> tuple[torch.Tensor, npt.NDArray[np.float32], bool]:
+    """Codes and scales of rows with a scale each.
+
+    x: float [R, K], contiguous. Returns uint8 codes [R * K] on x's device, float32 scales [R, 1] and whether every
+    element is finite. out: as in quantize_tensor.
+    """
+    largest = _row_amax(x)
+    scales = row_scales(largest)
+    factors = torch.from_numpy(np.float32(1) / scales)
+    out = _new_codes(x) if out is None else out
+    if compiled.serves(x):  # to which rows are runs of columns of a single one
+        compiled.codes(x.view(1, -1), factors.view(-1), x.shape[1], out)
+    else:
+        codes, by_row = out.view(x.shape), factors.to(x.device)
+        for _, rows in _strips(x, x.shape[0]):
+            floats = _floats(x[rows]).mul_(by_row[rows])
+            codes[rows].view(torch.float8_e4m3fn).copy_(floats.clamp_(-E4M3_MAX, E4M3_MAX))
+    return out, scales, bool(np.isfinite(largest).all())
+
+
+def _row_amax(x: torch.Tensor) -> npt.NDArray[np.float32]:
+    """max|w| of every row of x [R, K], float32 [R, 1]; NaN where a row holds one."""
+    if compiled.serves(x):
+        largest = compiled.amax(x.view(1, -1), x.shape[1])
+    else:
+        low, high = torch.aminmax(x, dim=1)
+        largest = torch.maximum(low.abs(), high.abs())
+    values: npt.NDArray[np.float32] = largest.float().cpu().numpy().reshape(-1, 1)
+    return values
 
 
 def _block_amax(x: torch.Tensor, height: int, width: int) -> npt.NDArray[np.float32]:

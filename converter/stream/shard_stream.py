@@ -21,13 +21,16 @@ import torch
 
 from ..format.layout import INPUT_SCALE
 from ..plan.decide import PlannedTensor
+from ..plan.lora import LowRank
 from ..plan.plan import ShardPlan
 from ..plan.schedule import Segment, Slot, cut, scale_domain, split_unit
 from ..snapshot.files import SourceFile
+from ..snapshot.given_scale import GivenScale
 from ..telling.errors import ResumableError
-from .elements import finite, not_finite, segment_bytes, typed
+from .elements import finite, made_bf16, not_finite, segment_bytes, typed, without_nan
 from .engine import Engine
-from .quantize import amax, quantize_blocks, quantize_tensor, tensor_scale
+from .merging import merge
+from .quantize import amax, quantize_blocks, quantize_rows, quantize_tensor, tensor_scale
 from .reading import Hasher, Span, SpanReader, open_for_reading, read_exactly
 
 
@@ -88,7 +91,7 @@ class _Pending:
         return self.work is None or self.work.done()
 
 
-_Rows = Future[tuple[torch.Tensor, np.ndarray, bool]]  # what quantize_blocks gives for some rows of blocks
+_Rows = Future[tuple[torch.Tensor, np.ndarray, bool]]  # what quantize_rows or quantize_blocks gives for some rows
 
 
 class _ShardStream:
@@ -103,7 +106,7 @@ class _ShardStream:
         self.last = {d: i for i, t in enumerate(shard.tensors) if (d := scale_domain(t)) is not None}
         self.scales = {domain: tensor_scale(amaxes[domain]) for domain in self.schedule.measured}
         self.unscaled: dict[str, list[_Unscaled]] = {}
-        self.rows: list[_Rows] = []  # of the block weight that is being read
+        self.rows: list[_Rows] = []  # of the weight that is being read, if its scales are of rows or blocks
         self.pending: deque[_Pending] = deque()
 
     # The two kinds of shard
@@ -115,7 +118,9 @@ class _ShardStream:
             for slot, span in spans:
                 for segment in slot.segments:
                     tensor = self.shard.tensors[segment.tensor]
-                    yield Chunk(tensor.info.name, segment.start, segment_bytes(span, slot, segment, tensor))
+                    data = segment_bytes(span, slot, segment, tensor)
+                    data = self._merged_bytes(data, segment, tensor) if tensor.merges else data
+                    yield Chunk(tensor.info.name, segment.start, data)
                 span.release()
 
     def converted(self) -> Iterator[Chunk]:
@@ -167,7 +172,16 @@ class _ShardStream:
 
     def _take(self, segment: Segment, slot: Slot, span: Span) -> None:
         tensor = self.shard.tensors[segment.tensor]
+        if tensor.decision.dropped:
+            return
         data = segment_bytes(span, slot, segment, tensor)
+        if tensor.decision.given is not None:
+            self._take_given(segment, tensor, tensor.decision.given, data, span.hold())
+            return
+        if not tensor.decision.fp8 and tensor.merges:
+            work = self.engine.submit(partial(self._merged_bytes, data, segment, tensor))
+            self.pending.append(_Pending(tensor.info.name, segment.start, work.result, work, span.hold()))
+            return
         if not tensor.decision.fp8:
             self.pending.append(_Pending(tensor.info.name, segment.start, lambda: data, span=span.hold()))
             return
@@ -177,14 +191,15 @@ class _ShardStream:
             held = span.hold()
         else:
             x = x.to(self.engine.device)  # from now on the device holds it, and the buffer is free
+        first = segment.start // tensor.info.itemsize
         domain = scale_domain(tensor)
         if domain is None:
             self._take_rows(segment, tensor, x, held)
         elif domain in self.scales:
-            self._quantize(segment, x, held, self.scales[domain])
+            self._quantize(segment, x, held, self.scales[domain], tensor.merges)
         else:
-            unscaled = self.unscaled.setdefault(domain, [])
-            unscaled.append(_Unscaled(segment, x, held, self.engine.submit(partial(amax, x))))
+            largest = self.engine.submit(lambda: amax(merge(x, first, tensor.merges)))
+            self.unscaled.setdefault(domain, []).append(_Unscaled(segment, x, held, largest))
             if self.last[domain] == segment.tensor and segment.stop == tensor.info.nbytes:
                 self._scale(self.unscaled.pop(domain))
 
@@ -197,31 +212,53 @@ class _ShardStream:
         for part in segments:
             self._quantize(part.segment, part.x, part.span, tensor_scale(largest))
 
-    def _quantize(self, segment: Segment, x: torch.Tensor, span: Span | None, scale: np.float32) -> None:
+    def _quantize(
+        self,
+        segment: Segment,
+        x: torch.Tensor,
+        span: Span | None,
+        scale: np.float32,
+        merges: Sequence[LowRank] = (),
+    ) -> None:
+        """merges: what is still to be added to x."""
         tensor = self.shard.tensors[segment.tensor]
-        codes = self.engine.submit(partial(quantize_tensor, x, scale, _in_place(x)))
         offset = segment.start // tensor.info.itemsize
+        codes = self.engine.submit(lambda: quantize_tensor(merge(x, offset, merges), scale, _in_place(x)))
         self.pending.append(_Pending(tensor.info.name, offset, codes.result, codes, span))
         if segment.stop == tensor.info.nbytes:
             self._append_scales(tensor, lambda: _bytes(np.array(scale)))
 
     def _take_rows(self, segment: Segment, tensor: PlannedTensor, x: torch.Tensor, span: Span | None) -> None:
-        """Some rows of blocks: their scales come with their codes, and are handed out behind the last of them."""
-        assert tensor.decision.block is not None
-        rows = x.view(-1, tensor.info.shape[1])
-        quantized = self.engine.submit(partial(quantize_blocks, rows, tensor.decision.block, _in_place(x)))
-        self.rows.append(quantized)
+        """Some rows, of blocks or not: their scales come with their codes, and are handed out behind the last."""
+        block, columns = tensor.decision.block, tensor.info.shape[1]
+        how = quantize_rows if block is None else partial(quantize_blocks, block=block)
         offset = segment.start // tensor.info.itemsize
+        quantized = self.engine.submit(lambda: how(merge(x, offset, tensor.merges).view(-1, columns), out=_in_place(x)))
+        self.rows.append(quantized)
         self.pending.append(_Pending(tensor.info.name, offset, lambda: quantized.result()[0], quantized, span))
         if segment.stop == tensor.info.nbytes:
-            self._append_scales(tensor, partial(self._block_scales, tensor, self.rows))
+            self._append_scales(tensor, partial(self._scales_of_rows, tensor, self.rows))
             self.rows = []
 
-    def _block_scales(self, tensor: PlannedTensor, rows: Sequence[_Rows]) -> torch.Tensor:
+    def _scales_of_rows(self, tensor: PlannedTensor, rows: Sequence[_Rows]) -> torch.Tensor:
         results = [row.result() for row in rows]  # all done: their codes stand before this chunk
         if not all(ok for _, _, ok in results):
             raise not_finite(tensor, self.shard.source.path)
         return _bytes(np.concatenate([scales for _, scales, _ in results]))
+
+    def _take_given(
+        self, segment: Segment, tensor: PlannedTensor, given: GivenScale, codes: torch.Tensor, span: Span
+    ) -> None:
+        """Codes that another tool made: copied, their scale behind them, or made BF16 where they are not to be FP8."""
+        where = self.shard.source.path
+        if not tensor.decision.fp8:
+            work = self.engine.submit(partial(made_bf16, codes, given.values, tensor, where))
+            self.pending.append(_Pending(tensor.info.name, 2 * segment.start, work.result, work, span))
+            return
+        work = self.engine.submit(partial(without_nan, codes, tensor, where))
+        self.pending.append(_Pending(tensor.info.name, segment.start, work.result, work, span))
+        if segment.stop == tensor.info.nbytes:
+            self._append_scales(tensor, lambda: _bytes(given.values))
 
     def _append_scales(self, tensor: PlannedTensor, take: Callable[[], torch.Tensor]) -> None:
         assert tensor.decision.format is not None
@@ -229,6 +266,13 @@ class _ShardStream:
         if (scale := tensor.decision.input_scale) is not None:
             key = tensor.module + INPUT_SCALE
             self.pending.append(_Pending(key, 0, lambda: _bytes(np.array(scale, np.float32))))
+
+    def _merged_bytes(self, data: torch.Tensor, segment: Segment, tensor: PlannedTensor) -> torch.Tensor:
+        """A kept weight's bytes with what LoRAs add to it."""
+        x = typed(data, tensor).to(self.engine.device)
+        merge(x, segment.start // tensor.info.itemsize, tensor.merges)
+        finite(amax(x), tensor, self.shard.source.path)
+        return x.cpu().view(torch.uint8)
 
     # What stands apart, and the header
 

@@ -14,4 +14,4 @@ def described(target: Target) -> str:
     """Who reads a snapshot that is written for the target, in one line."""
     text = f"target {target.name}: for {target.readers}"
     others = [name for name in TARGETS if name != NATIVE.name]
-    return f"{text}; for other readers see --target ({', '.join(others)})" if target is NATIVE else text
+    return f"{text}; other targets: {', '.join(others)}" if target is NATIVE else text

@@ -27,7 +27,6 @@ FORMAT = "float8_e4m3fn"
 FULL_PRECISION = "full_precision_matrix_mult"
 
 DIFFUSION_MODELS, TEXT_ENCODERS, VAE = "diffusion_models", "text_encoders", "vae"
-FOLDERS = (DIFFUSION_MODELS, TEXT_ENCODERS, VAE)
 
 # Tensors that ComfyUI looks for and that no component of diffusers has.
 SENTENCE_PIECE = "spiece_model"  # UMT5's tokenizer, whose file is inside the text encoder's

@@ -66,6 +66,9 @@ class Dit:
             if not runs_fp8 and layer.format is not None:
                 yield f"{runtime} builds {module} without FP8 and would read the codes of {layer.name} as weights"
                 continue
+            if layer.format is not None and layer.format.channel:
+                yield f"{runtime} reads one scale per tensor or block, and {layer.name} has one per row"
+                continue
             skipped = skips(module, ignored)
             if runs_fp8 and skipped and layer.format is not None:
                 yield f"{runtime} would skip {module} and read the codes of {layer.name} as weights"

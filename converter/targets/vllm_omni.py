@@ -85,8 +85,8 @@ class VllmOmni(Target):
                 )
             if component.name == _SECOND_DIT and component.name not in converted and "transformer" in converted:
                 return (
-                    f"vLLM-Omni reads {component.name} under the config of transformer if its own states nothing, so "
-                    f"one cannot be FP8 without the other; add --component {component.name}."
+                    f"vLLM-Omni with --quantization fp8 reads a {component.name} that is not FP8 under the config of "
+                    f"transformer, and gives garbage; add --component {component.name}."
                 )
         return None
 

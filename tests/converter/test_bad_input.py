@@ -255,6 +255,21 @@ def test_static_activations_with_blocks(output: Path) -> None:
     refused(saved("z_image"), "-o", output, *options, names="Block scales", next_step="drop one")
 
 
+@pytest.mark.parametrize("scales", ['weight_scales = "channel"', "weight_block_size = [128, 128]"])
+def test_static_activations_with_a_manifest_of_other_scales(tmp_path: Path, output: Path, scales: str) -> None:
+    save_file({f"{LAYER}.input_scale": torch.tensor(1.0)}, tmp_path / "scales.safetensors")
+    (tmp_path / "own.toml").write_text(own_manifests.text().replace("kinds", f"{scales}\nkinds", 1))
+    options = ["--manifest", tmp_path / "own.toml", "--component", "transformer"]
+    options += ["--activation-scheme", "static", "--input-scales", tmp_path / "scales.safetensors"]
+    refused(saved("z_image"), "-o", output, *options, names="The manifest own gives layers.0", next_step="; drop")
+
+
+@pytest.mark.parametrize("target", ["vllm-omni", "sglang", "comfyui"])
+def test_scales_of_rows_for_another_reader(output: Path, target: str) -> None:
+    options = ["--manifest", own_manifests.with_scales_of_rows("z-image"), "--target", target]
+    refused(saved("z_image"), "-o", output, *options, names="a scale for each row", next_step=f"drop --target {target}")
+
+
 def test_input_scales_for_dynamic_activations(tmp_path: Path, output: Path) -> None:
     save_file({f"{LAYER}.input_scale": torch.tensor(1.0)}, tmp_path / "scales.safetensors")
     options = ["--input-scales", tmp_path / "scales.safetensors"]

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from own_manifests import with_scales_of_rows
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pipelines import copied, saved
-from reference import Tensor, amax, fp8_weight, read_safetensors
+from reference import Block, Tensor, amax, fp8_weight, read_safetensors
 from safetensors.torch import load_file, save_file
 
 from fp8_convert.converter import ConvertError, convert, plan_conversion, verify
@@ -27,6 +28,10 @@ QWEN_TEXT = r"model\.layers\.\d+\.(self_attn\.[qo]_proj|mlp\.(gate|up|down)_proj
 QWEN_ATTENTION = r"transformer_blocks\.\d+\.attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)"
 QWEN_VAE = (
     r"(encoder|decoder)\.(down_blocks|mid_block|up_blocks)\..*(conv\d|conv_shortcut|resample\.1|time_conv|to_qkv|proj)"
+)
+FLUX_DIT = (
+    r"transformer_blocks\.\d+\.attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)"
+    r"|single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out)"
 )
 # Which modules become FP8, per pipeline and component: written from the models' descriptions, not from the manifests.
 # The tiny encoders' k and v projections have 64 rows, no multiple of the block.
@@ -56,8 +61,7 @@ FP8 = {
         r"blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ffn\.net\.(0\.proj|2))",
     ),
     "flux": {
-        "transformer": r"(single_)?transformer_blocks\.\d+\.(attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)"
-        r"|(ff|ff_context)\.net\.(0\.proj|2)|proj_mlp|proj_out)",
+        "transformer": FLUX_DIT,
         "text_encoder": r"(text_model\.)?encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])",
         "text_encoder_2": r"encoder\.block\.\d+\.layer\.\d+\.(SelfAttention\.[qkvo]|DenseReluDense\.wi_[01])",
     },
@@ -82,10 +86,10 @@ def group_of(name: str) -> str:
     return name
 
 
-def check_component(source: Path, output: Path, fp8: str | None, block: tuple[int, int] | None = None) -> None:
+def check_component(source: Path, output: Path, fp8: str | None, block: Block = None) -> None:
     """Every output tensor of a component is what the contract says, bit for bit, and there is no other.
 
-    block: that of storage weights in a text encoder; `fp8`: the modules that must be FP8.
+    block: what a scale covers; `fp8`: the modules that must be FP8.
     """
     before, after = tensors(source), tensors(output)
     converted = [n for n in before if fp8 and n.endswith(".weight") and re.fullmatch(fp8, n.removesuffix(".weight"))]
@@ -114,6 +118,14 @@ def test_every_tensor_against_the_reference(name: str, dtype: torch.dtype, tmp_p
     for folder in (p for p in source.iterdir() if list(p.glob("*.safetensors"))):
         block = (128, 128) if folder.name.startswith("text_encoder") else None
         check_component(folder, output / folder.name, FP8[name].get(folder.name), block)
+
+
+def test_the_default_manifest_against_the_reference(tmp_path: Path) -> None:
+    """It runs the double-stream feed-forward in FP8 too, which FLUX.1's own manifest ignores."""
+    source, output = saved("flux"), tmp_path / "out"
+    convert(source, output, manifest="default", components=["transformer"])
+    fp8 = FLUX_DIT + r"|transformer_blocks\.\d+\.(ff|ff_context)\.net\.(0\.proj|2)"
+    check_component(source / "transformer", output / "transformer", fp8)
 
 
 def test_wan_as_published_in_fp32(tmp_path: Path) -> None:
@@ -147,6 +159,32 @@ def test_shards_and_groups_across_them(tmp_path: Path) -> None:
 def test_block_scales_for_the_dit(tmp_path: Path) -> None:
     source = saved("z_image")
     convert(source, tmp_path / "out", weight_block_size=(128, 128))
+    check_component(source / "transformer", tmp_path / "out" / "transformer", FP8["z_image"]["transformer"], (128, 128))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_scales_of_rows(dtype: torch.dtype, tmp_path: Path) -> None:
+    """In both modes, over shards; members of fusion groups have their own scales, so nothing is read twice."""
+    source = saved("z_image", dtype=dtype, max_shard_size="300KB")
+    result = convert(source, tmp_path / "out", manifest=with_scales_of_rows("z-image"))
+    assert result.plan.bytes_read_twice == 0
+    encoder = FP8["z_image"]["text_encoder"].replace("[qo]", "[qkvo]")  # its k and v have rows, and need no blocks
+    for component, fp8 in {**FP8["z_image"], "text_encoder": encoder}.items():
+        check_component(source / component, tmp_path / "out" / component, fp8, "channel")
+    record = json.loads((tmp_path / "out" / "fp8_convert.json").read_text())
+    assert not any(entry["shared_scales"] for entry in record["components"].values())
+    assert verify(tmp_path / "out", source=source, manifest=with_scales_of_rows("z-image")).ok
+
+
+def test_convolutions_have_no_scales_of_rows(tmp_path: Path) -> None:
+    source = saved("qwen_image")
+    convert(source, tmp_path / "out", manifest=with_scales_of_rows("qwen-image"))
+    check_component(source / "vae", tmp_path / "out" / "vae", QWEN_VAE)
+
+
+def test_blocks_that_are_asked_for_come_before_the_manifests_rows(tmp_path: Path) -> None:
+    source = saved("z_image")
+    convert(source, tmp_path / "out", manifest=with_scales_of_rows("z-image"), weight_block_size=(128, 128))
     check_component(source / "transformer", tmp_path / "out" / "transformer", FP8["z_image"]["transformer"], (128, 128))
 
 

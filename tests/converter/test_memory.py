@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from pipelines import copied, saved
 from reference import read_safetensors
+from safetensors.torch import load_file
 
 from fp8_convert.converter.format.header import TensorInfo, encode_header
 from fp8_convert.converter.snapshot.building import quiet_libraries
@@ -153,6 +155,23 @@ def test_dry_runs_of_hostile_sources(tmp_path: Path) -> None:
     assert int(peak) <= LIMIT, f"{int(peak) / 2**20:.0f} MiB over imports"
 
 
+def test_one_file_of_three_gigabytes(three_gigabytes: Path, tmp_path: Path) -> None:
+    child = _CHILD.replace("workers=2", 'workers=2, target="comfyui"')
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", child, three_gigabytes, tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    imports, peak = map(int, done.stdout.split())
+    assert peak - imports <= LIMIT, f"{(peak - imports) / 2**20:.0f} MiB over imports"
+    (output,) = (tmp_path / "out").rglob("*.safetensors")
+    written = read_safetensors(output)["blocks.0.ffn.0.weight"]
+    assert written[0] == "F8_E4M3"
+    assert written[2][-2:] == b"\x00\xfe"  # -2 is the largest magnitude: code -448
+    output.unlink()
+
+
 long_run = pytest.mark.skipif("FP8_CONVERT_FAULTS" not in os.environ, reason="a minute more: runs in `make faults`")
 
 
@@ -173,3 +192,40 @@ def test_three_gigabytes_with_a_tensor_of_one(three_gigabytes: Path, tmp_path: P
     assert written[name][2][-2:] == b"\x00\xfe"  # -2 is the largest magnitude: code -448
     assert json.loads((tmp_path / "out" / "config.json").read_text())["ffn_dim"] == 53_760
     output.unlink()
+
+
+_IMPORTING_CHILD = """
+import sys
+from fp8_convert.converter import import_checkpoint, plan_import_checkpoint
+
+def memory(key):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))
+
+plan_import_checkpoint(sys.argv[1])
+imports = memory("VmHWM:")
+import_checkpoint(sys.argv[1], sys.argv[2])
+print(imports, memory("VmHWM:"))
+"""
+
+
+@long_run
+def test_importing_a_weight_of_400_megabytes(tmp_path: Path) -> None:
+    shard_name = "diffusion_pytorch_model.safetensors"
+    source = copied(saved("wan22") / "transformer", tmp_path / "source")
+    config = json.loads((source / "config.json").read_text()) | {"ffn_dim": 400 * 2**12}
+    (source / "config.json").write_text(json.dumps(config))
+    tensors, position = [], 0
+    for name, old in load_file(source / shard_name).items():
+        large = name.startswith("blocks.0.ffn.net.0.proj")
+        shape = (400 * 2**12, *old.shape[1:]) if large else tuple(old.shape)
+        dtype, size = ("F8_E4M3", 1) if large else ("F32", 4)
+        tensors.append(TensorInfo(name, dtype, shape, position, position + size * math.prod(shape)))
+        position = tensors[-1].end
+    with open(source / shard_name, "wb") as file:
+        file.write(encode_header(tensors, {}))
+        file.truncate(file.tell() + position)
+    command = [sys.executable, "-W", "ignore", "-c", _IMPORTING_CHILD, str(source), str(tmp_path / "out")]
+    imports, peak = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert peak - imports <= LIMIT, f"{(peak - imports) / 2**20:.0f} MiB over imports"
+    assert (tmp_path / "out" / shard_name).stat().st_size > 400 * 2**20

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from hub_server import running_hub
+from own_manifests import with_scales_of_rows
 from pipelines import copied, saved
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from fp8_convert.converter import ConvertError, convert, inspect, verify
 from fp8_convert.converter.checks.codes import compare_shard
 from fp8_convert.converter.cli.render import render_inspection, render_verification
-from fp8_convert.converter.format.layout import encode_json
+from fp8_convert.converter.format.layout import RECORD_FORMAT, encode_json
 from fp8_convert.converter.format.record import seal
 from fp8_convert.converter.output.record import load_record
 from fp8_convert.converter.plan.manifest import choose_manifest
@@ -164,6 +165,21 @@ def test_added_folder(spoilt: Path, folder: str) -> None:
     assert findings(spoilt) == [(f"{folder}/", "is not in the record (2 files)")]
 
 
+def test_what_the_hub_adds_to_a_download(spoilt: Path) -> None:
+    for name in (".gitattributes", ".cache/huggingface/.gitignore", "README.md"):
+        (spoilt / name).parent.mkdir(parents=True, exist_ok=True)
+        (spoilt / name).write_text("x")
+    found = verify(spoilt)
+    assert found.ok
+    assert found.notes == ("README.md is not checked: it was written after the conversion, to present the snapshot",)
+    (spoilt / "transformer" / ".gitattributes").write_text("x")
+    (spoilt / ".cache" / "module.py").write_text("x")
+    assert findings(spoilt) == [
+        (".cache/", "is not in the record (2 files)"),
+        ("transformer/.gitattributes", "is not in the record"),
+    ]
+
+
 def test_added_links(spoilt: Path, tmp_path: Path) -> None:
     """A dangling one, one to a folder, and one that leads back into the snapshot."""
     (tmp_path / "elsewhere").mkdir()
@@ -301,7 +317,9 @@ def drop(*keys: str) -> Callable[[Any], None]:
 @pytest.mark.parametrize(
     ("change", "names"),
     [
-        pytest.param(put(4, "format"), "has the format 4, and this version reads 1 to 3", id="a newer format"),
+        pytest.param(
+            put(RECORD_FORMAT + 1, "format"), f"and this version reads 1 to {RECORD_FORMAT}", id="a newer format"
+        ),
         pytest.param(put(1, "format"), "'max_shard_size' of 'recipe' comes with the format 2", id="an older format"),
         pytest.param(put(True, "format"), "has the format True", id="no format"),
         pytest.param(put(1, "more"), "the record has the unknown key 'more'", id="an unknown key"),
@@ -600,7 +618,53 @@ def test_block_scales_for_what_has_no_rows(tmp_path: Path) -> None:
     reseal(tmp_path / "out")
     problems = {problem for path, problem in findings(tmp_path / "out") if path.endswith(".safetensors")}
     assert len(problems) == len(names)
-    assert all(problem.endswith("and block scales are for two dimensions") for problem in problems)
+    assert all(problem.endswith("and scales of rows or blocks are for two dimensions") for problem in problems)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """The same with a scale for each row of its linears."""
+    convert(saved("z_image"), tmp_path / "rows", manifest=with_scales_of_rows("z-image"))
+    return tmp_path / "rows"
+
+
+def test_scales_of_rows_with_a_config_for_other_readers(rows: Path) -> None:
+    """They would take a row's scale for that of the tensor, or codes for weights."""
+    config = json.loads((rows / CONFIG).read_text())
+    config["quantization_config"]["quant_method"] = "fp8"
+    (rows / CONFIG).write_bytes(encode_json(config))
+    reseal(rows)
+    assert findings(rows) == [(CONFIG, "quant_method is 'fp8' instead of 'fp8_convert'")]
+
+
+def test_scales_of_rows_in_another_shape_or_scheme(rows: Path) -> None:
+    with safe_open(rows / DIT, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(rows / DIT)
+    whole = tensors[f"{LAYER}.weight_scale"]
+    for scale, found in ((whole.flatten(), "F32 [256]"), (whole[:-1], "F32 [255, 1]"), (whole[0, 0], "F32 []")):
+        save_file({**tensors, f"{LAYER}.weight_scale": scale.contiguous()}, rows / DIT, metadata)
+        reseal(rows)
+        assert findings(rows) == [(DIT, f"{LAYER}.weight_scale is {found} instead of F32 [256, 1]")]
+    formats = json.loads(metadata["fp8_convert"])
+    formats[LAYER][1] = "tensor"
+    save_file(tensors, rows / DIT, {**metadata, "fp8_convert": json.dumps(formats)})
+    reseal(rows)
+    assert (DIT, f"{LAYER}.weight_scale is F32 [256, 1] instead of F32 []") in findings(rows)
+
+
+def test_damaged_scales_of_rows(rows: Path) -> None:
+    last = span(rows / DIT, f"{LAYER}.weight_scale")[1] - 4
+    whole = (rows / DIT).read_bytes()
+    spoil(rows / DIT, last, b"\x00\x00\xc0\x7f")
+    reseal(rows)
+    assert findings(rows) == [(DIT, f"{LAYER}.weight_scale holds a scale that is not finite and positive")]
+    spoil(rows / DIT, last, bytes([whole[last] ^ 1]) + whole[last + 1 : last + 4])  # by one unit in the last place
+    reseal(rows)
+    assert findings(rows) == []
+    assert findings(rows, source=saved("z_image"), manifest=with_scales_of_rows("z-image")) == [
+        (DIT, f"{LAYER}.weight_scale differs from what the source gives")
+    ]
 
 
 def test_forged_input_scale(static: Path) -> None:

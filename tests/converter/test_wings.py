@@ -17,7 +17,8 @@ import fp8_convert
 PACKAGE = Path(fp8_convert.__file__).parent
 # Each may import those before it, and modules of its own floor.
 FLOORS = ("telling", "format", "snapshot", "targets", "plan", "stream", "output", "checks", "doors", "cli")
-DOORS = ("conversion", "verification", "inspection", "finished", "tiny")  # modules at the converter's root
+# Modules at the converter's root.
+DOORS = ("conversion", "verification", "inspection", "dequantization", "importing", "pushing", "finished", "tiny")
 
 Imports = Mapping[str, Mapping[str, int]]
 """{module: {imported module: line}}, by dotted names below fp8_convert."""

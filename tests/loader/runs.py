@@ -28,7 +28,7 @@ def _root() -> tempfile.TemporaryDirectory:
 @functools.cache
 def converted(name: str, **options: Any) -> Path:
     """The pipeline NAME of `pipelines`, converted; `options` are those of `convert`. Not to be changed."""
-    folder = Path(_root().name) / "-".join([name, *(f"{k}-{v}" for k, v in sorted(options.items()))])
+    folder = Path(_root().name) / "-".join([name, *(f"{k}-{Path(str(v)).name}" for k, v in sorted(options.items()))])
     convert(pipelines.saved(name), folder, device="cpu", **options)
     return folder
 

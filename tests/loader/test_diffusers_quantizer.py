@@ -15,6 +15,7 @@ from diffusers import (
     WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
+from own_manifests import with_scales_of_rows
 from runs import assert_same_weights, converted, quiet, run
 from safetensors.torch import load_file, save_file
 
@@ -37,6 +38,14 @@ def test_converted_components(name: str, part: str) -> None:
     assert report(model).ok
     assert {n: type(m) for n, m in model.named_modules()} == {n: type(m) for n, m in expected.named_modules()}
     assert not model.training
+
+
+def test_scales_of_rows() -> None:
+    folder = converted("z_image", manifest=with_scales_of_rows("z-image"))
+    model = ZImageTransformer2DModel.from_pretrained(folder / "transformer")
+    assert_same_weights(model, load_component(folder, "transformer", device="cpu"))
+    assert {m.scheme for m in model.modules() if isinstance(m, Fp8Weight)} == {"channel"}
+    assert report(model).ok
 
 
 @pytest.mark.parametrize(("name", "part"), CLASSES, ids=lambda v: v)

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from layers import dequantized_twin, fp8_twin
+from layers import BLOCKS, Block, dequantized_twin, fp8_twin
 from torch import Tensor, nn
 
 from fp8_convert.converter.format.layout import WeightFormat
@@ -59,17 +59,31 @@ def assert_close(out: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-@pytest.mark.parametrize("block", [None, 128], ids=["tensor", "block"])
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
 @pytest.mark.parametrize("shape", [(2, 5, 512), (1, 512), (512,), (3, 1, 7, 512)], ids=str)
 def test_scaled_product_agrees_with_float64(
-    device: torch.device, dtype: torch.dtype, bias: bool, block: int | None, shape: tuple[int, ...]
+    device: torch.device, dtype: torch.dtype, bias: bool, block: Block, shape: tuple[int, ...]
 ) -> None:
     layer = fp8_twin(plain(256, 512, device, dtype, bias), "w8a8", block, backend="scaled_mm")
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     out = layer(x)
     assert out.dtype == dtype
-    assert layer.product_on(device).product == ("groups" if block else "rows")
+    assert layer.product_on(device).product == ("groups" if block == 128 else "rows")
     assert_close(out, reference(layer, x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_very_different_size_keep_their_precision(device: torch.device, dtype: torch.dtype) -> None:
+    """A scale for each row is what such weights need: one for all would leave the small ones without a code."""
+    source = plain(256, 512, device, dtype, bias=False)
+    source.weight.data *= torch.logspace(-4, 0, 256, device=device)[:, None].to(dtype)
+    layer = fp8_twin(source, "w8a8", "channel", backend="scaled_mm")
+    x = torch.randn(16, 512, generator=torch.Generator().manual_seed(10)).to(device, dtype)
+    exact = x.double() @ source.weight.double().t()
+    expected = reference(layer, x).t()
+    for row, out in enumerate(layer(x).t()):
+        assert_close(out, expected[row])
+        assert (out.double() - exact[:, row]).norm() / exact[:, row].norm() < 0.1
 
 
 def test_edge_blocks(device: torch.device) -> None:
@@ -89,8 +103,8 @@ def test_static_scheme_uses_the_input_scale(device: torch.device) -> None:
     assert_close(layer(x), reference(layer, x))
 
 
-@pytest.mark.parametrize("block", [None, 128], ids=["tensor", "block"])
-def test_tokens_do_not_touch_each_other(device: torch.device, block: int | None) -> None:
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+def test_tokens_do_not_touch_each_other(device: torch.device, block: Block) -> None:
     layer = fp8_twin(plain(256, 512, device), "w8a8", block, backend="scaled_mm")
     x = torch.randn(6, 512, generator=torch.Generator().manual_seed(4)).to(device, torch.bfloat16)
     x[1] = 0
@@ -104,8 +118,8 @@ def test_tokens_do_not_touch_each_other(device: torch.device, block: int | None)
 
 
 @pytest.mark.parametrize("choice", ["scaled_mm", "dequantize"])
-@pytest.mark.parametrize("block", [None, 128], ids=["tensor", "block"])
-def test_empty_and_noncontiguous_inputs(device: torch.device, choice: str, block: int | None) -> None:
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+def test_empty_and_noncontiguous_inputs(device: torch.device, choice: str, block: Block) -> None:
     source = plain(256, 384, device)
     layer = fp8_twin(source, "w8a8", block, backend=choice)
     assert layer(torch.empty(2, 0, 384, dtype=torch.bfloat16, device=device)).shape == (2, 0, 256)
@@ -117,8 +131,8 @@ def test_empty_and_noncontiguous_inputs(device: torch.device, choice: str, block
             assert torch.equal(layer(view), layer(view.contiguous()))
 
 
-@pytest.mark.parametrize("block", [None, 128], ids=["tensor", "block"])
-def test_dequantising_equals_a_plain_layer_with_those_weights(device: torch.device, block: int | None) -> None:
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+def test_dequantising_equals_a_plain_layer_with_those_weights(device: torch.device, block: Block) -> None:
     source = plain(208, 336, device)
     layer = fp8_twin(source, "w8a8", block, backend="dequantize")
     x = torch.randn(5, 336, generator=torch.Generator().manual_seed(6)).to(device, torch.bfloat16)
@@ -172,6 +186,21 @@ def test_cuda_runs_the_scaled_matmul_by_itself() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 257])
+@pytest.mark.parametrize(("n", "k"), [(256, 512), (3072, 3072), (16, 4096)])
+def test_cuda_runs_scales_of_rows_by_itself(dtype: torch.dtype, rows: int, n: int, k: int) -> None:
+    device = torch.device("cuda", 0)
+    layer = fp8_twin(plain(n, k, device, dtype), "w8a8", "channel")
+    assert layer.product_on(device).product == "rows"
+    x = torch.randn(rows, k, generator=torch.Generator().manual_seed(8)).to(device, dtype)
+    assert_close(layer(x), reference(layer, x))
+    odd = fp8_twin(plain(250, 384, device, dtype), "w8a8", "channel")
+    assert odd.product_on(device).product == "dequantize"
+    assert torch.equal(odd(x[:, :384]), dequantized_twin(plain(250, 384, device, dtype), odd)(x[:, :384]))
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="Hopper")
 @pytest.mark.parametrize("rows", [1, 3, 257])
 @pytest.mark.parametrize("k", [512, 1024, 3072])
@@ -183,9 +212,9 @@ def test_block_products_on_hopper(rows: int, k: int) -> None:
     assert_close(layer(x), reference(layer, x))
 
 
-@pytest.mark.parametrize("block", [None, 128], ids=["tensor", "block"])
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
 @pytest.mark.parametrize("choice", ["scaled_mm", "dequantize"])
-def test_compiles_without_graph_breaks(device: torch.device, block: int | None, choice: str) -> None:
+def test_compiles_without_graph_breaks(device: torch.device, block: Block, choice: str) -> None:
     layer = fp8_twin(plain(256, 384, device), "w8a8", block, backend=choice)
     x = torch.randn(5, 384, generator=torch.Generator().manual_seed(9)).to(device, torch.bfloat16)
     torch._dynamo.reset()
@@ -218,10 +247,12 @@ OWN_FORWARD = type("Own", (nn.Linear,), {"forward": lambda self, x: x})
         (nn.Embedding(4, 4), WeightFormat("storage"), {}, "cannot hold FP8 weights"),
         (nn.Conv2d(2, 2, 1), WeightFormat("w8a8"), {}, "cannot hold FP8 weights in mode 'w8a8'"),
         (nn.Linear(4, 4), WeightFormat("w8a8", (128, 128)), {"activation_scheme": "static"}, "go with per-tensor"),
-        (nn.Conv2d(2, 2, 1), WeightFormat("storage", (128, 128)), {}, "block scales are for linear weights"),
+        (nn.Linear(4, 4), WeightFormat("w8a8", channel=True), {"activation_scheme": "static"}, "not with channel"),
+        (nn.Conv2d(2, 2, 1), WeightFormat("storage", (128, 128)), {}, "block128x128 scales are for linear"),
+        (nn.Conv2d(2, 2, 1), WeightFormat("storage", channel=True), {}, "channel scales are for linear weights"),
         (OWN_FORWARD(4, 4), WeightFormat("w8a8"), {}, "a forward of its own"),
     ],
-    ids=["embedding", "w8a8-conv", "static-block", "conv-block", "own-forward"],
+    ids=["embedding", "w8a8-conv", "static-block", "static-channel", "conv-block", "conv-channel", "own-forward"],
 )
 def test_what_cannot_be_fp8_is_refused(
     module: nn.Module, how: WeightFormat, options: dict[str, str], message: str

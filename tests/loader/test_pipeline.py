@@ -7,6 +7,7 @@ from pathlib import Path
 import pipelines
 import pytest
 import torch
+from own_manifests import with_scales_of_rows
 from runs import assert_same_weights, bf16, converted, modules_of, psnr, quiet, replaced, run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -34,6 +35,34 @@ def test_both_modes_run_alike_and_close_to_bf16(name: str) -> None:
     picture = run(offline, name)
     assert torch.equal(picture, run(online, name))
     assert psnr(picture, run(plain, name)) > 30
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_scales_of_rows_in_both_modes(device: str) -> None:
+    manifest = with_scales_of_rows("z-image")
+    offline = quiet(load_pipeline(converted("z_image", manifest=manifest), device=device))
+    online = quiet(load_pipeline(pipelines.saved("z_image"), device=device, quantization="fp8", manifest=manifest))
+    for part, module in modules_of(offline).items():
+        assert_same_weights(module, modules_of(online)[part])
+    told = {c.name: c for c in report(offline).components}
+    assert report(offline).ok
+    assert (told["transformer"].installed, told["text_encoder"].installed) == ({"w8a8": 28}, {"storage": 14})
+    if device == "cuda":  # where the row-wise product takes them
+        assert any(backend.startswith("rows: ") for backend in told["transformer"].backends)
+    linears = [m for part in modules_of(offline).values() for m in part.modules() if isinstance(m, Fp8Weight)]
+    assert all(m.scheme == "channel" and m.scale.shape == (m.out_features, 1) for m in linears)
+    picture = run(offline, "z_image")
+    assert torch.equal(picture, run(online, "z_image"))
+    assert psnr(picture, run(bf16("z_image").to(device), "z_image")) > 30
+
+
+def test_scales_of_rows_are_told_by_their_shape_where_no_metadata_name_them(tmp_path: Path) -> None:
+    folder = converted("z_image", manifest=with_scales_of_rows("z-image"))
+    foreign = Path(shutil.copytree(folder / "transformer", tmp_path / "transformer"))
+    _rewrite(foreign / Path(SHARD).name, lambda _: None, lambda _: {"format": "pt"})
+    model = load_component(foreign, device="cpu")
+    assert_same_weights(model, load_component(folder, "transformer", device="cpu"))
+    assert report(model).ok
 
 
 def _assert_kept_as_in(plain: nn.Module, loaded: nn.Module) -> None:

@@ -2,7 +2,7 @@
 same comes out.
 
 On the CPU every FP8 layer dequantises, so outputs are compared bit for bit. `mixed` is Qwen-Image converted
-with compact=True: W8A8 and storage side by side in one DiT.
+with compact=True: W8A8 and storage side by side in one DiT. `rows` has a scale for each row of a linear.
 """
 
 import copy
@@ -15,6 +15,7 @@ import torch
 from accelerate import cpu_offload
 from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
 from diffusers.hooks import apply_group_offloading
+from own_manifests import with_scales_of_rows
 from runs import assert_same_weights, bf16, dequantised, loaded, modules_of, psnr, quiet
 from runs import run as run_to_pixels
 from safetensors import safe_open
@@ -27,6 +28,7 @@ PIPELINES = {
     "z_image": ("z_image", {}),
     "mixed": ("qwen_image", {"compact": True}),
     "wan22": ("wan22", {}),
+    "rows": ("z_image", {"manifest": with_scales_of_rows("z-image")}),
 }
 BLOCKS = {"z_image": "layers", "qwen_image": "transformer_blocks", "wan22": "blocks"}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from damage import LAYER, SHARD, set_float
 from diffusers import ZImageTransformer2DModel
-from layers import fp8_twin
+from layers import BLOCKS, Block, fp8_twin
 from pipelines import saved
 from runs import converted
 from safetensors.torch import load_file, save_file
@@ -86,11 +86,11 @@ def test_plain_from_pretrained_onto_cuda(snapshot: Path, device_map: str) -> Non
 
 
 @pytest.mark.parametrize("value", BAD, ids=str)
-@pytest.mark.parametrize("block", [None, 128], ids=["tensor", "blocks"])
-def test_state_dicts(value: float, block: int | None) -> None:
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+def test_state_dicts(value: float, block: Block) -> None:
     layer = fp8_twin(nn.Linear(256, 128), "w8a8", block)
     kept = layer.scale.clone()
-    name = "weight_scale" if block is None else "weight_scale_inv"
+    name = "weight_scale_inv" if block == 128 else "weight_scale"
     state = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
     state[name].flatten()[-1] = value
     with pytest.raises(LoadError, match=f"^0.{name} of W8A8Linear holds {value}"):

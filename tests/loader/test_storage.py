@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
-from layers import dequantized_twin, fp8_twin
+from layers import BLOCKS, dequantized_twin, fp8_twin
 from torch import nn
 
 from fp8_convert.loader import kernels
@@ -37,7 +37,7 @@ def case(request: pytest.FixtureRequest, device: torch.device) -> tuple[nn.Modul
 
 def test_equals_a_plain_layer_with_the_dequantised_weight(case: tuple[nn.Module, torch.Tensor]) -> None:
     source, x = case
-    for block in (None, 128) if isinstance(source, nn.Linear) else (None,):
+    for block in BLOCKS.values() if isinstance(source, nn.Linear) else (None,):
         stored = fp8_twin(source, "storage", block)
         expected = dequantized_twin(source, stored)(x)
         assert torch.equal(stored(x), expected)

@@ -13,8 +13,10 @@ from fp8_convert.loader.weights import Fp8Weight
 CASES = {
     "w8a8": (lambda: nn.Linear(128, 64), "w8a8", None, (2, 128)),
     "w8a8-block": (lambda: nn.Linear(256, 128), "w8a8", 128, (2, 256)),
+    "w8a8-channel": (lambda: nn.Linear(128, 64), "w8a8", "channel", (2, 128)),
     "storage": (lambda: nn.Linear(128, 64), "storage", None, (2, 128)),
     "storage-block": (lambda: nn.Linear(200, 136), "storage", 128, (2, 200)),
+    "storage-channel": (lambda: nn.Linear(200, 136), "storage", "channel", (2, 200)),
     "conv2d": (lambda: nn.Conv2d(4, 8, 3), "storage", None, (1, 4, 5, 5)),
     "conv3d": (lambda: nn.Conv3d(4, 8, 3), "storage", None, (1, 4, 5, 5, 5)),
 }

@@ -71,7 +71,7 @@ def test_no_arguments_show_the_help() -> None:
     assert "Example:" in result.output
 
 
-@pytest.mark.parametrize("command", ["inspect", "manifests", "demo", "verify"])
+@pytest.mark.parametrize("command", ["inspect", "manifests", "demo", "verify", "push", "dequantize", "import"])
 def test_every_command_has_help_with_an_example(command: str) -> None:
     assert f"fp8-convert {command}" in run(command, "-h").stdout
 
@@ -197,7 +197,7 @@ def test_summary_in_one_line(tmp_path: Path) -> None:
     assert line.startswith(f"wrote {tmp_path / 'out'}: ")
     for part in (" -> ", "%) in ", " GB/s, peak RSS ", " MiB)"):
         assert part in line
-    assert readers.startswith("target native: for fp8-convert's own load_pipeline; for other readers see --target (")
+    assert readers.startswith("target native: for fp8-convert's own load_pipeline; other targets: ")
 
 
 def test_inspect_converted(converted: Path) -> None:
@@ -325,6 +325,10 @@ def test_manifests() -> None:
         line = next(line for line in text.splitlines() if line.split()[0] == entry["name"])
         assert entry["description"] in line
         assert all(repo in line for repo in entry["repos"])
+        found = entry["evidence"]
+        assert line.endswith(
+            f"{found['lines']} lines: {', '.join(found['sources'])}; {found['ours']} of our own reasoning"
+        )
     repos = {repo for e in entries for repo in e["repos"]}
     assert {"Tongyi-MAI/Z-Image-Turbo", "Qwen/Qwen-Image", "Qwen/Qwen-Image-2512", "Qwen/Qwen-Image-Edit"} <= repos
     assert {"Qwen/Qwen-Image-Layered", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"} <= repos

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from own_manifests import with_scales_of_rows
 from pipelines import copied, saved
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -34,6 +35,11 @@ CONVERSIONS: list[tuple[str, dict[str, Any], dict[str, tuple[str, list[int] | No
         "qwen_image",
         {},
         {"transformer": ("fp8", None), "text_encoder": ("fp8", BLOCK), "vae": ("fp8_convert", None)},
+    ),
+    (  # of scales of rows readers of "fp8" know nothing
+        "z_image",
+        {"manifest": with_scales_of_rows("z-image")},
+        {"transformer": ("fp8_convert", None), "text_encoder": ("fp8_convert", None)},
     ),
     ("wan22", {}, {"transformer": ("fp8", None), "transformer_2": ("fp8", None)}),
     (
@@ -101,6 +107,43 @@ def _respelled(source: Path, folder: Path) -> Path:
     }
     save_file(published, file, metadata={"format": "pt"})
     return folder
+
+
+def _with_tied_head(folder: Path) -> Path:
+    """A text encoder whose head is its embedding: the checkpoint has no lm_head.weight."""
+    import transformers
+
+    config = transformers.Qwen3Config(
+        vocab_size=128,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+        tie_word_embeddings=True,
+    )
+    with quiet_libraries():
+        transformers.Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def test_a_head_that_shares_the_embedding_is_ignored_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers makes an FP8 layer of each linear that the list does not name, and looks for its scale."""
+    import transformers
+    from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+
+    convert(_with_tied_head(tmp_path / "source"), tmp_path / "out", manifest="default")
+    config = read(tmp_path / "out" / "config.json")
+    assert config["quantization_config"]["ignored_layers"] == ["lm_head"]
+    assert verify(tmp_path / "out").ok
+    monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *args, **kwargs: None)
+    with quiet_libraries():
+        model, info = transformers.Qwen3ForCausalLM.from_pretrained(
+            tmp_path / "out", dtype=torch.bfloat16, output_loading_info=True
+        )
+    assert not any(info.values()), info
+    assert type(model.lm_head) is torch.nn.Linear
 
 
 TEXT_ENCODERS = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import own_manifests
 import pytest
 import torch
+from click.testing import CliRunner
 from pipelines import BUILDERS, _clip_tokenizer, saved
 
-from fp8_convert.converter import ConvertError, plan_conversion
+from fp8_convert.converter import ConvertError, convert, plan_conversion
+from fp8_convert.converter.cli.commands import main
 from fp8_convert.converter.cli.render import render_plan
 from fp8_convert.converter.format.header import TensorInfo
 from fp8_convert.converter.format.layout import STORAGE, WeightFormat
@@ -20,6 +23,7 @@ from fp8_convert.converter.plan.coverage import kept_note
 from fp8_convert.converter.plan.decide import Decision, PlannedTensor
 from fp8_convert.converter.plan.manifest import ComponentRules
 from fp8_convert.converter.plan.plan import ComponentPlan, Plan
+from fp8_convert.converter.plan.refused import PlanRefusedError
 from fp8_convert.converter.snapshot.building import quiet_libraries
 
 ENCODER = own_manifests.table("text_encoder", "storage", "mlp")
@@ -41,7 +45,7 @@ def share_of_linears(plan: Plan) -> float:
     return fp8 / total
 
 
-@pytest.mark.parametrize("name", sorted(set(BUILDERS) - {"flux"}))
+@pytest.mark.parametrize("name", sorted(BUILDERS))
 @pytest.mark.parametrize("compact", [False, True])
 def test_what_a_family_manifest_keeps_by_design_is_no_note(name: str, compact: bool) -> None:
     notes = plan_conversion(saved(name), compact=compact).notes
@@ -104,6 +108,24 @@ def test_nothing_eligible_says_why_with_counts(tmp_path: Path) -> None:
     assert message.endswith("pass --manifest with one that names its layers.")
 
 
+def test_a_dry_run_shows_the_plan_that_is_refused(tmp_path: Path) -> None:
+    """A manifest of one's own is written from it; the exit code says that it would not be converted."""
+    for pattern, why in (("norm_q", "Nothing in "), ("context_refiner.*.attention.to_q", "Only 1.4% ")):
+        arguments = [str(saved("z_image")), "--dry-run", "--manifest", own(tmp_path, pattern)]
+        shown = CliRunner().invoke(main, arguments)
+        assert shown.exit_code == 1
+        assert shown.stderr.splitlines()[-1].startswith(f"error: {why}")
+        assert "not eligible" in shown.stdout
+        assert "total: " in shown.stdout
+        plan = json.loads(CliRunner().invoke(main, [*arguments, "--json"]).stdout)
+        tensors = [t for c in plan["components"] for shard in c["shards"] for t in shard["tensors"]]
+        assert any(t["rule"] == "not eligible" for t in tensors)
+    with pytest.raises(PlanRefusedError) as caught:
+        convert(saved("z_image"), tmp_path / "out", manifest=own(tmp_path, "norm_q"))
+    assert not any(t.decision.fp8 for c in caught.value.plan.components for t in c.tensors)
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_but_what_the_user_ignores(tmp_path: Path) -> None:
     with pytest.raises(ConvertError, match=r"attention \(\d+ tensors, .*; drop some of the ignored layers\."):
         plan_conversion(saved("z_image"), manifest=own(tmp_path, "attention"), ignored_layers=["attention"])
@@ -121,7 +143,7 @@ def test_what_a_format_cannot_hold_is_no_hole_in_a_manifest() -> None:
         fp8 = PlannedTensor(TensorInfo("a.weight", "BF16", (4, 4), 0, 32), how)
         kept = PlannedTensor(TensorInfo("b.weight", "BF16", (3, 5), 32, 62), Decision(rule, "", "Linear"))
         rules = ComponentRules("text_encoder", STORAGE)
-        assert kept_note("text_encoder", [fp8, kept], rules, (), "mine") is None
+        assert kept_note("text_encoder", [fp8, kept], rules, ()) is None
 
 
 def test_experts_are_called_experts() -> None:

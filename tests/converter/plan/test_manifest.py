@@ -1,5 +1,6 @@
 """Manifests: the parser's strictness, and which manifest a snapshot gets."""
 
+import json
 import re
 from dataclasses import fields
 from importlib import resources
@@ -112,6 +113,16 @@ CHANGES = {
     "block of zero": ("[64, 128]", "[64, 0]", r"'weight_block_size' must be two positive integers, not \[64, 0\]"),
     "block of truths": ("[64, 128]", "[true, true]", "'weight_block_size' must be two positive integers, not"),
     "block of strings": ("[64, 128]", '["64", "128"]', "'weight_block_size' must be two positive integers, not"),
+    "unknown scales": (
+        "weight_block_size = [64, 128]",
+        'weight_scales = "row"',
+        "'weight_scales' must be one of tensor, channel, not 'row'",
+    ),
+    "scales of rows and blocks": (
+        "[64, 128]",
+        '[64, 128]\nweight_scales = "channel"',
+        "'weight_scales' and 'weight_block_size' exclude each other; drop one",
+    ),
     "unknown unaligned": ('"keep"\n\n[[', '"drop"\n\n[[', "'unaligned' must be one of pad, keep, not 'drop'"),
     "optional a string": ('pattern = "attn"', 'pattern = "attn"\noptional = "yes"', "'optional' must be true or false"),
     "optional a number": (
@@ -185,6 +196,26 @@ def test_the_documented_schema_parses_and_has_every_key() -> None:
     assert keys - {"sha256", "text", "path", "component", "components", *SECTIONS, "fusion_groups"} == stated
 
 
+def test_documented_sizes_are_the_golden_ones() -> None:
+    golden = json.loads(Path(__file__).with_name("golden_manifests.json").read_text())
+    models = {
+        "Qwen-Image-2.1": "qwen-image-2.1",
+        "FLUX.1": "flux.1",
+        "FLUX.2-dev": "flux.2",
+        "FLUX.2-klein-4B": "flux.2/klein-4b",
+        "Stable Diffusion 3.5 large": "sd3.5",
+        "Stable Diffusion 3.5 medium": "sd3.5/medium",
+        "HunyuanVideo-1.5": "hunyuanvideo-1.5",
+        "LTX-2": "ltx-2",
+    }
+    text = (Path(__file__).parents[3] / "manifests" / "README.md").read_text()
+    for label, model in models.items():
+        plain, compact = (golden[model][variant]["transformer"]["bytes"] for variant in ("plain", "compact"))
+        sizes = [size / 1e9 for size in (*plain, compact[1])]
+        assert f"| {label} | {' | '.join(f'{size:.1f}' for size in sizes)} |" in text
+    assert {name for name in shipped() if f"| `{name}` |" not in text} == set()
+
+
 # Choosing
 
 
@@ -237,7 +268,11 @@ QWEN = {"transformer": "QwenImageTransformer2DModel", "text_encoder": "Qwen2_5_V
         (None, "UnheardOfPipeline", QWEN, "default"),
         (None, None, {"": "ZImageTransformer2DModel"}, "z-image"),
         (None, None, {"": "QwenImageTransformer2DModel"}, "qwen-image"),
-        (None, None, {"": "FluxTransformer2DModel"}, "default"),
+        ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", None, {}, "wan2.2"),
+        (None, "FluxKontextPipeline", {"transformer": "FluxTransformer2DModel"}, "flux.1"),
+        (None, "StableDiffusion3Pipeline", {"transformer": "SD3Transformer2DModel", "text_encoder_3": None}, "default"),
+        (None, None, {"": "FluxTransformer2DModel"}, "flux.1"),
+        (None, None, {"": "AuraFlowTransformer2DModel"}, "default"),
         (None, None, {"": None}, "default"),
     ],
 )

@@ -28,6 +28,7 @@ from fp8_convert.converter.snapshot.modules import ModuleMap, module_map
 from fp8_convert.converter.snapshot.snapshot import Snapshot
 
 PIPELINES = {
+    "flux.1": "flux",
     "qwen-image": "qwen_image",
     "qwen-image-edit": "qwen_image_edit_plus",
     "qwen-image-layered": "qwen_image_layered",

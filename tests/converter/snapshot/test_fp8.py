@@ -13,6 +13,7 @@ from fp8_convert.converter.snapshot.snapshot import Component, Shard
 
 TENSOR = WeightFormat("w8a8")
 BLOCKS = WeightFormat("storage", (128, 64))
+ROWS = WeightFormat("w8a8", channel=True)
 CODES = ("F8_E4M3", (200, 100))
 ONE = ("F32", ())
 GRID = ("F32", (2, 2))
@@ -36,8 +37,9 @@ def one(tensors: Tensors, modules: dict[str, WeightFormat] | str, **config: Any)
 
 def test_what_is_right() -> None:
     tensors = {"a.weight": CODES, "a.weight_scale": ONE, "b.weight": CODES, "b.weight_scale_inv": GRID}
-    found = read(shard("a", tensors, {"a": TENSOR, "b": BLOCKS}), activation_scheme="dynamic")
-    assert found.stated == found.formats == {"a": TENSOR, "b": BLOCKS}
+    tensors |= {"c.weight": CODES, "c.weight_scale": ("F32", (200, 1))}
+    found = read(shard("a", tensors, {"a": TENSOR, "b": BLOCKS, "c": ROWS}), activation_scheme="dynamic")
+    assert found.stated == found.formats == {"a": TENSOR, "b": BLOCKS, "c": ROWS}
     assert (found.problems, found.config) == ((), {"activation_scheme": "dynamic"})
 
 
@@ -56,7 +58,31 @@ def test_what_is_right() -> None:
             {"a.weight": ("F8_E4M3", (2, 2, 3)), "a.weight_scale_inv": GRID},
             {"a": BLOCKS},
             Fault.NOT_ROWS,
-            "a.weight is [2, 2, 3], and block scales are for two dimensions",
+            "a.weight is [2, 2, 3], and scales of rows or blocks are for two dimensions",
+        ),
+        (
+            {"a.weight": ("F8_E4M3", (2, 2, 3)), "a.weight_scale": ("F32", (2, 1))},
+            {"a": ROWS},
+            Fault.NOT_ROWS,
+            "a.weight is [2, 2, 3], and scales of rows or blocks are for two dimensions",
+        ),
+        (
+            {"a.weight": CODES, "a.weight_scale_inv": GRID},
+            {"a": ROWS},
+            Fault.NO_SCALE,
+            "a.weight has no scale a.weight_scale",
+        ),
+        (
+            {"a.weight": CODES, "a.weight_scale": ("F32", (200,))},
+            {"a": ROWS},
+            Fault.SCALE,
+            "a.weight_scale is F32 [200] instead of F32 [200, 1]",
+        ),
+        (
+            {"a.weight": CODES, "a.weight_scale": ("F32", (200, 1))},
+            {"a": TENSOR},
+            Fault.SCALE,
+            "a.weight_scale is F32 [200, 1] instead of F32 []",
         ),
         ({"a.weight": CODES}, {"a": TENSOR}, Fault.NO_SCALE, "a.weight has no scale a.weight_scale"),
         (
@@ -133,3 +159,10 @@ def test_the_format_of_what_no_metadata_name_is_guessed(
 ) -> None:
     found = read(shard("a", {"a.weight": CODES, f"a.{scale}": GRID}, {}), name=name, **config)
     assert (found.stated, found.guessed) == ({}, {"a": guess})
+
+
+@pytest.mark.parametrize(("name", "mode"), [("transformer", "w8a8"), ("text_encoder", "storage")])
+def test_scales_of_rows_are_told_by_their_shape(name: str, mode: str) -> None:
+    found = read(shard("a", {"a.weight": CODES, "a.weight_scale": ("F32", (200, 1))}, {}), name=name)
+    assert found.guessed == {"a": WeightFormat(mode, channel=True)}
+    assert [p.fault for p in found.problems] == [Fault.UNNAMED]

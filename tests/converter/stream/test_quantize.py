@@ -241,3 +241,61 @@ def test_blocks_show_what_is_not_finite(dtype: str, bad: float) -> None:
         x[position] = bad
         _, _, finite = quantize.quantize_blocks(x, (2, 4))
         assert finite is False
+
+
+# Rows
+
+
+def assert_rows_equal(dtype: str, bits: npt.NDArray[Any], shape: tuple[int, int]) -> None:
+    wanted_codes, wanted_scales = reference.quantize_rows(reference.floats(dtype, bits.tobytes()).reshape(shape))
+    x = tensor_of(dtype, bits).view(shape)
+    codes, scales, finite = quantize.quantize_rows(x)
+    np.testing.assert_array_equal(codes.numpy().reshape(shape), wanted_codes)
+    assert (scales.dtype, scales.shape, scales.tobytes()) == (np.float32, (shape[0], 1), wanted_scales.tobytes())
+    assert finite is True
+    in_place, _, _ = quantize.quantize_rows(x, x.view(-1).view(torch.uint8)[: x.numel()])
+    np.testing.assert_array_equal(in_place.numpy().reshape(shape), wanted_codes)
+
+
+@pytest.mark.parametrize("rows", [1, 256], ids=str)
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_every_16_bit_value_in_rows(dtype: str, rows: int) -> None:
+    """In rising order, so that the first rows are of subnormals, and all of one sign."""
+    bits = finite_codes(dtype)
+    assert_rows_equal(dtype, bits, (rows, bits.size // rows))
+
+
+@pytest.mark.parametrize("amax", AMAXES, ids=str)
+def test_a_row_has_the_scale_that_a_tensor_of_it_alone_would_have(amax: float) -> None:
+    x = torch.zeros(3, 5)
+    x[1, 2] = -amax
+    _, scales, _ = quantize.quantize_rows(x)
+    assert scales.tolist() == [[1.0], [float(quantize.tensor_scale(amax))], [1.0]]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (300, 3), (3, quantize._CHUNK // 2 + 5), (2 * quantize._CHUNK, 1)], ids=str)
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_long_and_short_rows(dtype: str, shape: tuple[int, int]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(DTYPES[dtype])[: 200_000 // shape[1] + 1]
+    integer = torch.int16 if x.itemsize == 2 else torch.int32
+    assert_rows_equal(dtype, x.view(integer).numpy().reshape(-1), tuple(x.shape))
+
+
+@given(st.data())
+def test_any_matrix_in_rows(data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from(sorted(DTYPES)))
+    shape = data.draw(st.tuples(st.integers(1, 40), st.integers(1, 40)))
+    size = DTYPES[dtype].itemsize * shape[0] * shape[1]
+    drawn = np.frombuffer(data.draw(st.binary(min_size=size, max_size=size)), f"<u{DTYPES[dtype].itemsize}")
+    bits = np.where(np.isfinite(reference.floats(dtype, drawn.tobytes())), drawn, drawn.dtype.type(0))
+    assert_rows_equal(dtype, bits, shape)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")], ids=str)
+def test_rows_show_what_is_not_finite(dtype: str, bad: float) -> None:
+    for position in ((0, 0), (2, 6), (4, 8)):
+        x = torch.ones(5, 9, dtype=DTYPES[dtype])
+        x[position] = bad
+        _, _, finite = quantize.quantize_rows(x)
+        assert finite is False

@@ -13,7 +13,7 @@ from pipelines import saved
 from safetensors.torch import save_file
 
 from fp8_convert.converter import ConvertError, convert, verify
-from fp8_convert.converter.stream.quantize import amax, quantize_blocks, quantize_tensor, tensor_scale
+from fp8_convert.converter.stream.quantize import amax, quantize_blocks, quantize_rows, quantize_tensor, tensor_scale
 
 pytestmark = pytest.mark.gpu
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -64,6 +64,20 @@ def test_blocks_on_cuda() -> None:
     x[:, 500:] *= 1e-6
     cpu_codes, cpu_scales, cpu_finite = quantize_blocks(x, (128, 128))
     codes, scales, finite = quantize_blocks(x.to(CUDA), (128, 128))
+    assert torch.equal(cpu_codes, codes.cpu())
+    assert np.array_equal(cpu_scales, scales)
+    assert cpu_finite
+    assert finite
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rows_on_cuda(dtype: torch.dtype) -> None:
+    x = torch.randn(300, 1000, generator=torch.Generator().manual_seed(0))
+    x *= torch.logspace(-6, 1, 300)[:, None]
+    x[7] = 0
+    x = x.to(dtype)
+    cpu_codes, cpu_scales, cpu_finite = quantize_rows(x)
+    codes, scales, finite = quantize_rows(x.to(CUDA))
     assert torch.equal(cpu_codes, codes.cpu())
     assert np.array_equal(cpu_scales, scales)
     assert cpu_finite

@@ -208,7 +208,7 @@ def test_measure_over_shards_and_dtypes(tmp_path: Path) -> None:
 # What stops a stream
 
 
-def poisoned(block: tuple[int, int] | None, value: float, group: str | None = None) -> Weights:
+def poisoned(block: reference.Block, value: float, group: str | None = None) -> Weights:
     bad = np.ones((64, 16), np.float32)
     bad[40, 3] = value
     good = random_tensor("F32", (64, 16), 5)
@@ -218,11 +218,11 @@ def poisoned(block: tuple[int, int] | None, value: float, group: str | None = No
 
 @pytest.mark.parametrize("memory", SIZES, ids=str)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
-@pytest.mark.parametrize(("block", "group"), [(None, None), (None, "g"), ((8, 8), None)], ids=str)
+@pytest.mark.parametrize(("block", "group"), [(None, None), (None, "g"), ("channel", None), ((8, 8), None)], ids=str)
 def test_nan_and_inf_are_refused_by_name(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
-    block: tuple[int, int] | None,
+    block: reference.Block,
     group: str | None,
     value: float,
     memory: Memory,
@@ -249,8 +249,8 @@ def test_a_source_that_changed_since_it_was_planned(tmp_path: Path) -> None:
         list(stream_shard(plan, source, engine))
 
 
-@pytest.mark.parametrize("block", [None, (8, 8)], ids=str)
-def test_a_source_cut_short_while_it_is_read(tmp_path: Path, block: tuple[int, int] | None) -> None:
+@pytest.mark.parametrize("block", [None, "channel", (8, 8)], ids=str)
+def test_a_source_cut_short_while_it_is_read(tmp_path: Path, block: reference.Block) -> None:
     w = Weights([{"a.weight": random_tensor("BF16", (64, 64), 1)}], {"a.weight": fp8(block)})
     (plan,) = w.write(tmp_path, memory=Memory(64, 576))
     os.truncate(tmp_path / plan.source.path, plan.source.size - 100)

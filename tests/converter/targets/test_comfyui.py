@@ -287,6 +287,23 @@ def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
         convert(source, tmp_path / "out")
 
 
+def test_a_finished_folder_is_shown_while_it_is_replaced(outputs: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = copied(outputs("z_image"), tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        convert(
+            saved("z_image"), folder, target="comfyui", compact=True, force=True, progress=Stop(saved("z_image"), 0.97)
+        )
+    inspection = inspect(folder)
+    assert inspection.ok
+    assert str(inspection.unfinished) == "unfinished, 2 of 3 shards"
+    convert(saved("z_image"), folder, target="comfyui", compact=True, force=True)
+    assert verify(folder, source=saved("z_image")).ok
+    assert {p.name for p in folder.rglob("*") if p.is_file()} == {
+        *(Path(path).name for path in FILES["z_image"].values()),
+        "fp8_convert.json",
+    }
+
+
 # From the Hub, and of one component
 
 
@@ -340,12 +357,33 @@ def test_umt5_brings_its_tokenizer(tmp_path: Path) -> None:
 
     convert(source, tmp_path / "out", target="comfyui")
 
-    weights = load_file(tmp_path / "out" / "text_encoders" / "wan2.2-text_encoder.safetensors")
+    path = "text_encoders/wan2.2-text_encoder.safetensors"
+    weights = load_file(tmp_path / "out" / path)
     original = load_file(source / "text_encoder" / "model.safetensors")
     assert bytes(weights.pop("spiece_model").tolist()) == b"\x0a\x0bpieces"
     assert weights.keys() == original.keys()
     assert all(torch.equal(weights[name], original[name]) for name in original)
+    entry = json.loads((tmp_path / "out" / "fp8_convert.json").read_text())["shards"][path]
+    assert [part["source"] for part in entry["parts"]] == ["tokenizer/spiece.model"]
     assert verify(tmp_path / "out", source=source).ok
+    assert convert(source, tmp_path / "out", target="comfyui").already_done
+
+
+def test_another_tokenizer_is_another_source(tmp_path: Path) -> None:
+    source = copied(saved("wan22"), tmp_path / "source")
+    (source / "tokenizer" / "spiece.model").write_bytes(b"pieces")
+    convert(source, tmp_path / "out", target="comfyui")
+    folder = copied(tmp_path / "out", tmp_path / "forged")
+    path = folder / "text_encoders" / "wan2.2-text_encoder.safetensors"
+    path.write_bytes(path.read_bytes().replace(b"pieces", b"places"))
+    reseal(folder, path.relative_to(folder).as_posix())
+    problems = {f.problem for f in verify(folder, source=source).findings}
+    assert problems == {"spiece_model differs from what the source gives"}
+
+    (source / "tokenizer" / "spiece.model").write_bytes(b"places")
+    with pytest.raises(ConvertError, match=r"source's tokenizer/spiece\.model has changed"):
+        convert(source, tmp_path / "out", target="comfyui")
+    assert not verify(tmp_path / "out", source=source).ok
 
 
 def test_umt5_without_its_tokenizer_is_left_out_and_said() -> None:

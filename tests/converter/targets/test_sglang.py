@@ -149,3 +149,9 @@ def test_a_kept_layer_in_our_spelling_alone_is_refused() -> None:
     kept = Layer("transformer_blocks.0.img_mod.1", "Linear", None)
     (problem,) = problems("QwenImageTransformer2DModel", kept, ignored={"transformer_blocks.0.img_mod.1"})
     assert problem.endswith("nothing it looks for names transformer_blocks.0.img_mod")
+
+
+def test_scales_of_rows_are_refused() -> None:
+    rows = Layer("blocks.0.attn1.to_q", "Linear", WeightFormat(W8A8, channel=True))
+    (problem,) = problems("WanTransformer3DModel", rows, ignored=set())
+    assert problem == "SGLang reads one scale per tensor or block, and blocks.0.attn1.to_q has one per row"

@@ -143,7 +143,7 @@ def test_names_of_members_alone_are_refused() -> None:
 
 
 def test_one_dit_of_two_is_refused_where_the_other_would_inherit_its_config() -> None:
-    with pytest.raises(ConvertError, match="one cannot be FP8 without the other; add --component transformer_2"):
+    with pytest.raises(ConvertError, match="and gives garbage; add --component transformer_2"):
         plan_conversion(pipelines.saved("wan22"), target="vllm-omni", components=["transformer"])
     assert plan_conversion(pipelines.saved("wan22"), target="vllm-omni", components=["transformer_2"])
 

@@ -1,0 +1,238 @@
+"""Names and values of LoRA files: every spelling gives the same changes, and what is none is refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loras import State, adapter_metadata, kohya, pairs, prefixed, write
+from pipelines import saved
+
+from fp8_convert.converter import ConvertError, plan_conversion
+from fp8_convert.converter.plan.lora import Lora, read_lora
+from fp8_convert.converter.plan.lora_request import LoraRequest
+from fp8_convert.converter.snapshot.describing import describe
+from fp8_convert.converter.snapshot.files import LocalFiles
+from fp8_convert.converter.snapshot.snapshot import Snapshot
+
+QWEN = {"transformer_blocks.0.attn.to_q": (256, 256), "transformer_blocks.1.img_mlp.net.2": (256, 1024)}
+
+
+@pytest.fixture(scope="module")
+def snapshot() -> Snapshot:
+    return describe(LocalFiles(saved("qwen_image")))
+
+
+def read(path: Path, snapshot: Snapshot, scale: float = 1.0) -> Lora:
+    return read_lora(LoraRequest(path, scale), snapshot)
+
+
+def renamed(state: State, *changes: tuple[str, str]) -> State:
+    for before, after in changes:
+        state = {key.replace(before, after): value for key, value in state.items()}
+    return state
+
+
+def _alphas(alpha: float) -> State:
+    return {f"{module}.alpha": torch.tensor(alpha) for module in QWEN}
+
+
+STYLES: Mapping[str, Callable[[State], State]] = {
+    "diffusers": lambda s: prefixed("transformer.", s),
+    "bare": lambda s: s,
+    "diffusion_model": lambda s: prefixed("diffusion_model.", s),
+    "default": lambda s: renamed(s, (".weight", ".default.weight")),
+    "down-up": lambda s: renamed(s, ("lora_A", "lora_down"), ("lora_B", "lora_up")),
+    "dots": lambda s: renamed(prefixed("transformer.", s), ("lora_A", "lora.down"), ("lora_B", "lora.up")),
+    "lightning": lambda s: renamed(s, ("lora_A", "lora_down"), ("lora_B", "lora_up")) | _alphas(8.0),
+    "kohya": lambda s: kohya(s, lambda module: module, alpha=8.0),
+}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_every_style_is_the_same(tmp_path: Path, snapshot: Snapshot, style: str) -> None:
+    state = pairs(QWEN)
+    lora = read(write(tmp_path / "x.safetensors", STYLES[style](state)), snapshot, 0.5)
+    assert sorted(lora.changes) == [("transformer", module) for module in sorted(QWEN)]
+    for module in QWEN:
+        change = lora.changes["transformer", module]
+        assert torch.equal(change.a, state[f"{module}.lora_A.weight"])
+        assert torch.equal(change.b, state[f"{module}.lora_B.weight"])
+        assert change.factor == 0.5
+
+
+def test_alphas(tmp_path: Path, snapshot: Snapshot) -> None:
+    """Of kohya's files diffusers bakes alpha / rank into the down matrix."""
+    state = pairs(QWEN)
+    lora = read(write(tmp_path / "x.safetensors", kohya(state, lambda module: module, alpha=2.0)), snapshot)
+    for module in QWEN:
+        change = lora.changes["transformer", module]
+        assert torch.allclose(change.factor * change.b @ change.a, _delta(state, module) * 2 / 8)
+
+
+def test_the_config_in_the_metadata(tmp_path: Path, snapshot: Snapshot) -> None:
+    config = {"r": 8, "lora_alpha": 16, "alpha_pattern": {"img_mlp.net.2": 4}, "rank_pattern": {}}
+    file = write(tmp_path / "x.safetensors", prefixed("transformer.", pairs(QWEN)), adapter_metadata(**config))
+    factors = {module: change.factor for (_, module), change in read(file, snapshot).changes.items()}
+    assert factors == {"transformer_blocks.0.attn.to_q": 2.0, "transformer_blocks.1.img_mlp.net.2": 0.5}
+
+
+def test_ranks_differ_and_scale_by_the_root(tmp_path: Path, snapshot: Snapshot) -> None:
+    first, second = QWEN.items()
+    state = prefixed("transformer.", pairs(dict([first]), 4) | pairs(dict([second]), 16))
+    metadata = adapter_metadata(r=4, lora_alpha=8, use_rslora=True, rank_pattern={second[0]: 16})
+    factors = [c.factor for c in read(write(tmp_path / "x.safetensors", state, metadata), snapshot).changes.values()]
+    assert factors == [4.0, 2.0]
+
+
+def test_a_peft_adapter_has_its_alpha_in_its_config(tmp_path: Path, snapshot: Snapshot) -> None:
+    file = write(tmp_path / "adapter_model.safetensors", prefixed("base_model.model.", pairs(QWEN)))
+    with pytest.raises(ConvertError, match=r"is a PEFT adapter, whose alpha stands in its adapter_config.json; put"):
+        read(file, snapshot)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 4, "bias": "none"}))
+    lora = read(file, snapshot)
+    assert {change.factor for change in lora.changes.values()} == {0.5}
+    assert lora.config_sha256 is not None
+    config.write_text(json.dumps({"r": 8, "lora_alpha": 2}))
+    assert read(file, snapshot).to_json() != lora.to_json()  # what changes bytes is in the record
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "dora": ({"use_dora": True}, "was trained with use_dora, which cannot be merged"),
+    "bias": ({"lora_bias": True}, "was trained with lora_bias"),
+    "biases": ({"bias": "all"}, "was trained with biases"),
+    "type": ({"peft_type": "LOHA"}, "is an adapter of the type 'LOHA'"),
+    "alpha": ({"lora_alpha": "8"}, "has the lora_alpha '8', which is no number"),
+    "regex": ({"alpha_pattern": {"(a+)+$": 4}}, r"has the alpha_pattern '\(a\+\)\+\$'"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_configs_that_cannot_be_merged(tmp_path: Path, snapshot: Snapshot, case: str) -> None:
+    config, message = CONFIGS[case]
+    file = write(tmp_path / "x.safetensors", prefixed("transformer.", pairs(QWEN)), adapter_metadata(**config))
+    with pytest.raises(ConvertError, match=message):
+        read(file, snapshot)
+
+
+ONE = torch.ones(8, 256)
+REFUSED: dict[str, tuple[State, str]] = {
+    "dora": ({"transformer.x.dora_scale": ONE}, r"x.dora_scale in .*x.safetensors is of DoRA, which scales each row"),
+    "magnitude": ({"transformer.x.lora_magnitude_vector": ONE}, "is of DoRA"),
+    "lokr": ({"lora_unet_x.lokr_w1": ONE}, "is of LoKr"),
+    "loha": ({"lora_unet_x.hada_w1_a": ONE}, "is of LoHa"),
+    "diff": ({"diffusion_model.x.diff": ONE}, "is of the difference of a whole tensor"),
+    "diff_b": ({"diffusion_model.x.diff_b": ONE}, "is of a bias"),
+    "bias": ({"transformer.x.lora_B.bias": ONE}, "is of a bias"),
+    "whole": ({"transformer.x.weight": ONE}, "transformer.x.weight in .* is no part of a LoRA"),
+    "nan": ({"transformer.x.lora_A.weight": ONE * float("nan")}, "holds NaN or Inf; give another file"),
+    "fp8": ({"transformer.x.lora_A.weight": ONE.to(torch.float8_e4m3fn)}, r"is F8_E4M3 \[8, 256\], and a LoRA's"),
+    "none": ({}, "holds no tensors"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_no_plain_lora(tmp_path: Path, snapshot: Snapshot, case: str) -> None:
+    state, message = REFUSED[case]
+    file = write(tmp_path / "x.safetensors", {**(prefixed("transformer.", pairs(QWEN)) if state else {}), **state})
+    with pytest.raises(ConvertError, match=message):
+        read(file, snapshot)
+
+
+def test_half_a_pair(tmp_path: Path, snapshot: Snapshot) -> None:
+    state = prefixed("transformer.", pairs(QWEN))
+    del state["transformer.transformer_blocks.0.attn.to_q.lora_B.weight"]
+    with pytest.raises(ConvertError, match=r"attn.to_q, of the LoRA x.safetensors, has no up \(lora_B\) matrix"):
+        read(write(tmp_path / "x.safetensors", state), snapshot)
+
+
+def test_names_that_diffusers_cannot_take(tmp_path: Path, snapshot: Snapshot) -> None:
+    state = {"lora_unet_x.lora_down.weight": ONE}
+    with pytest.raises(ConvertError, match=r"diffusers cannot bring the names of the LoRA x.safetensors into those of"):
+        read(write(tmp_path / "x.safetensors", state), snapshot)
+
+
+UNFIT: dict[str, tuple[State, str]] = {
+    "module": (
+        prefixed("transformer.", pairs({"transformer_blocks.0.attn.to_qq": (256, 256)})),
+        r"changes transformer_blocks.0.attn.to_qq, and transformer has no such weight \(the closest is "
+        r"transformer_blocks.0.attn.to_q\)",
+    ),
+    "text-encoder": (
+        prefixed("text_encoder.", pairs({"layers.0.q_proj": (128, 128)})),
+        "changes layers.0.q_proj, and text_encoder has no such weight",
+    ),
+    "kohya-text-encoder": (
+        {f"lora_te_layers_0.{k}": v for k, v in pairs({"x": (4, 4)}).items()},
+        "changes lora_te_layers_0.x, and transformer has no such weight",
+    ),
+    "shape": (
+        prefixed("transformer.", pairs({"transformer_blocks.0.attn.to_q": (256, 64)})),
+        r"changes transformer_blocks.0.attn.to_q.weight by a matrix \[256, 64\], and it is \[256, 256\]",
+    ),
+    "component": (
+        prefixed("unet.", pairs({"x": (4, 4)})),
+        "changes unet.x, and transformer has no such weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_loras_of_other_models(tmp_path: Path, case: str) -> None:
+    state, message = UNFIT[case]
+    file = write(tmp_path / "x.safetensors", state)
+    with pytest.raises(ConvertError, match=message):
+        plan_conversion(saved("qwen_image"), merge_lora=[file])
+
+
+def test_components_that_are_not_there(tmp_path: Path) -> None:
+    file = write(tmp_path / "x.safetensors", prefixed("transformer.", pairs(QWEN)))
+    with pytest.raises(ConvertError, match=r"has no component 'transformer_2' for the LoRA x.safetensors; it has"):
+        plan_conversion(saved("qwen_image"), merge_lora=[f"transformer_2={file}"])
+    file = write(tmp_path / "x.safetensors", prefixed("text_encoder.", pairs({"x": (4, 4)})))
+    with pytest.raises(ConvertError, match=r"text_encoder.x, of the LoRA x.safetensors, is for text_encoder, and not"):
+        plan_conversion(saved("qwen_image"), merge_lora=[f"transformer={file}"])
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(ConvertError, match=r"missing.safetensors cannot be opened \(No such file or directory\)"):
+        plan_conversion(saved("qwen_image"), merge_lora=[tmp_path / "missing.safetensors"])
+    (tmp_path / "short.safetensors").write_bytes(b"\x10")
+    with pytest.raises(ConvertError, match="too short to be a safetensors file"):
+        plan_conversion(saved("qwen_image"), merge_lora=[tmp_path / "short.safetensors"])
+
+
+def _delta(state: State, module: str) -> torch.Tensor:
+    return state[f"{module}.lora_B.weight"] @ state[f"{module}.lora_A.weight"]
+
+
+def test_alphas_that_diffusers_hands_out_apart(tmp_path: Path) -> None:
+    """FLUX's loader takes the alphas out of the names; they still scale."""
+    module = "transformer_blocks.0.attn.to_q"
+    state = prefixed("transformer.", pairs({module: (256, 256)}) | {f"{module}.alpha": torch.tensor(2.0)})
+    file = write(tmp_path / "x.safetensors", state)
+    lora = read(file, describe(LocalFiles(saved("flux"))))
+    assert [change.factor for change in lora.changes.values()] == [2 / 8]
+
+
+def test_a_fused_projection_is_split(tmp_path: Path) -> None:
+    """Z-Image's original names have one matrix for query, key and value."""
+    fused = pairs({"lora_unet_layers_0_attention_qkv": (3 * 128, 128)})
+    state = {key.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): v for key, v in fused.items()}
+    lora = read(write(tmp_path / "x.safetensors", state), describe(LocalFiles(saved("z_image"))))
+    assert sorted(module for _, module in lora.changes) == [f"layers.0.attention.to_{x}" for x in "kqv"]
+    up = torch.cat([lora.changes["transformer", f"layers.0.attention.to_{x}"].b for x in "qkv"])
+    assert torch.equal(up, fused["lora_unet_layers_0_attention_qkv.lora_B.weight"])
+
+
+def test_what_diffusers_would_leave_out(tmp_path: Path) -> None:
+    """It takes a fused projection for a copy of the split ones beside it, whatever is in it."""
+    names = {"lora_unet_layers_0_attention_qkv": (384, 128), "lora_unet_layers_0_attention_to_q": (128, 128)}
+    state = renamed(pairs(names), ("lora_A", "lora.down"), ("lora_B", "lora.up"))
+    with pytest.raises(ConvertError, match=r"diffusers leaves out some of the LoRA x.safetensors when it reads it for"):
+        read(write(tmp_path / "x.safetensors", state), describe(LocalFiles(saved("z_image"))))
