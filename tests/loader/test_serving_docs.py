@@ -61,3 +61,10 @@ def _small(snippet: str) -> str:
     if torch.cuda.is_available():
         return snippet
     return snippet.replace('onload_device="cuda"', 'onload_device="cpu"').replace(", use_stream=True", "")
+
+
+@pytest.mark.parametrize("page", sorted(PAGES.glob("*.md")), ids=lambda page: page.name)
+def test_links_exist(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target

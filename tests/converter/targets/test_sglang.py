@@ -9,7 +9,9 @@ from typing import Any
 
 import pipelines
 import pytest
+import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from fp8_convert.converter import ConvertError, convert, plan_conversion, verify
 from fp8_convert.converter.format.layout import W8A8, WeightFormat
@@ -69,6 +71,15 @@ def test_modulation_stands_in_the_spelling_of_the_reader(tmp_path: Path) -> None
 def test_what_does_not_go_with_it_is_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConvertError, match=says):
         plan_conversion(pipelines.saved("z_image"), **{"target": "sglang", **options})
+
+
+def test_static_activations_are_refused_where_sglang_needs_blocks(tmp_path: Path) -> None:
+    scales = tmp_path / "scales.safetensors"
+    save_file({"layers.0.attention.to_q.input_scale": torch.tensor(0.5)}, scales)
+    with pytest.raises(ConvertError, match="block128x128 scales, and static activations go with one scale per tensor"):
+        plan_conversion(
+            pipelines.saved("z_image"), target="sglang", activation_scheme="static", input_scales=str(scales)
+        )
 
 
 def test_a_class_that_the_target_does_not_know_is_refused() -> None:

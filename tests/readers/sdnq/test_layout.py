@@ -2,7 +2,8 @@
 
 `_as_sdnq` writes a DiT as SDNQ saves one: `NAME.scale` of shape [1, 1], `group_size` -2 for one scale per tensor, the
 names of kept weights in `modules_to_not_convert`. diffusers casts every tensor that is floating-point, and no FP8, to
-the dtype that is loaded for before its quantizer sees it: the float32 scale is BF16 then.
+the dtype that is loaded for before its quantizer sees it: the float32 scale is BF16 then. SDNQ's scales in two parts
+(`scale_dtype`, `scale_2`) are multiplied in the dtype of `scale_2`, which is cast alike.
 """
 
 from __future__ import annotations
