@@ -10,6 +10,7 @@ import hashlib
 import os
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from ..telling.errors import ResumableError
 from .writing import disk_errors, sync_folder, temporary_name
 
 _READ_BYTES = 4 * 1024 * 1024
+_SYNC_BYTES = 128 * 1024 * 1024  # so that little is left to write to the disk at the end
 
 
 class _Piece(NamedTuple):
@@ -36,6 +38,9 @@ class PlacedWriter:
         self.path, self.size, self.label = path, size, label
         self._temporary = path.with_name(temporary_name(path.name))
         self._pieces: dict[int, _Piece] = {}
+        self._unsynced = 0
+        self._syncs: list[Future[None]] = []
+        self._syncer = ThreadPoolExecutor(1, "fp8-sync")
         with disk_errors(label):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = open_descriptor(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
@@ -52,6 +57,7 @@ class PlacedWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._syncer.shutdown(cancel_futures=True)
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -68,6 +74,10 @@ class PlacedWriter:
             done = 0
             while done < data.nbytes:
                 done += write_at(self._fd, data[done:], start + done)
+        self._unsynced += done
+        if self._unsynced >= _SYNC_BYTES:
+            self._syncs.append(self._syncer.submit(os.fsync, self._fd))
+            self._unsynced = 0
 
     def commit(self) -> str:
         """Sync the file, read it back, give it its name and sync the folder; returns its sha256."""
@@ -80,6 +90,8 @@ class PlacedWriter:
         if position != self.size:
             raise AssertionError(f"{self.label}: {position} bytes were written instead of {self.size}")
         with disk_errors(self.label):
+            for sync in self._syncs:
+                sync.result()
             os.fsync(self._fd)
             digest = self._read_back(pieces)
             os.close(self._fd)  # Windows renames no open file

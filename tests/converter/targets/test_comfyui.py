@@ -277,6 +277,19 @@ def test_a_file_is_written_anew_where_one_of_its_shards_changed(tmp_path: Path) 
     assert verify(tmp_path / "out", source=source).ok
 
 
+def test_a_finished_file_that_is_damaged_is_written_anew(outputs: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        convert(saved("z_image"), tmp_path / "out", target="comfyui", progress=Stop(saved("z_image"), 0.97))
+    staged = tmp_path / "out" / ".fp8-convert" / "new" / FILES["z_image"]["transformer"]
+    raw = bytearray(staged.read_bytes())
+    raw[-1] ^= 1
+    staged.write_bytes(raw)
+
+    convert(saved("z_image"), tmp_path / "out", target="comfyui")
+
+    assert contents(tmp_path / "out") == contents(outputs("z_image"))
+
+
 def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
     source = saved("wan22")
     first = convert(source, tmp_path / "out", target="comfyui")
