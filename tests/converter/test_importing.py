@@ -454,5 +454,16 @@ def test_ours_to_comfyui_and_back(tmp_path: Path, name: str) -> None:
     load_pipeline(tmp_path / "back", device="cpu")
 
 
+def test_a_folder_of_ours_for_comfyui_is_no_base(tmp_path: Path) -> None:
+    convert(saved("z_image"), tmp_path / "comfyui", target="comfyui")
+    options: dict[str, Any] = {"base": tmp_path / "comfyui"}
+    with pytest.raises(ConvertError, match=r"has no configs; name with --base a snapshot in diffusers' layout"):
+        import_checkpoint(tmp_path / "comfyui", tmp_path / "out", **options)
+    with pytest.raises(ConvertError, match="import them with `fp8-convert import` first"):
+        dequantize(tmp_path / "comfyui", tmp_path / "out")
+    with pytest.raises(ConvertError, match=r"has no file of 'unet'; it has those of"):
+        import_checkpoint(tmp_path / "comfyui", tmp_path / "out", base=saved("z_image"), component="unet")
+
+
 def _dits(name: str) -> list[str]:
     return ["transformer", "transformer_2"] if name == "wan22" else ["transformer"]
