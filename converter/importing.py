@@ -168,6 +168,8 @@ class _Checkpoint:
 def _onto_base(source: Path, base: str | os.PathLike[str], component: str | None, access: HubAccess) -> _Found:
     base_files = open_files(base, access)
     snapshot = describe(base_files, variant=access.variant, allow_converted=True)
+    if snapshot.single_files:
+        raise ConvertError(f"{snapshot.label} has no configs; name with --base a snapshot in diffusers' layout.")
     adopted, paths = {}, dict[str, Path]()
     for checkpoint in _checkpoints(source, component):
         taken = _take(source, checkpoint, snapshot)

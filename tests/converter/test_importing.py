@@ -8,6 +8,7 @@ from typing import Any
 
 import foreign
 import pytest
+import runs
 import torch
 from click.testing import CliRunner
 from foreign import WRITERS, Checkpoint, as_file, as_folder, linears
@@ -74,6 +75,7 @@ def test_a_folder_of_every_layout(tmp_path: Path, layout: str) -> None:
     made = WRITERS[layout](plain, linears(plain))
     import_checkpoint(as_folder(made, tmp_path / "source"), tmp_path / "out")
     check(made, tmp_path / "out")
+    check_run(made, tmp_path / "out")
     entry = component_of(tmp_path / "out")
     assert entry["imported"] == layout.partition(" by ")[0].replace("scales of blocks", "fp8")
     assert entry["fp8_modules"]["w8a8"] == len(linears(plain))
@@ -134,17 +136,19 @@ def test_bare_casts_are_said_loudly(tmp_path: Path) -> None:
     check(made, tmp_path / "out")
 
 
-def test_a_pipeline_runs_as_its_reference(tmp_path: Path) -> None:
-    """Stored weights are dequantised and multiplied: the same pixels as a plain pipeline that holds those numbers."""
-    import runs
+def check_run(made: Checkpoint, out: Path) -> None:
+    """The same pixels as a plain pipeline whose DiT holds what the source's own readers compute."""
+    pipe = runs.quiet(load_pipeline(out, device="cpu"))
+    reference = runs.bf16("z_image")
+    reference.transformer.load_state_dict({name: tensor.bfloat16() for name, tensor in made.meant.items()})
+    assert torch.equal(runs.run(pipe, "z_image", steps=1), runs.run(reference, "z_image", steps=1))
 
+
+def test_layers_that_are_not_to_be_run_in_fp8(tmp_path: Path) -> None:
     plain = weights()
     made = foreign.comfyui(plain, linears(plain), full_precision=True)
     import_checkpoint(as_folder(made, tmp_path / "source"), tmp_path / "out")
-    pipe = runs.quiet(load_pipeline(tmp_path / "out", device="cpu"))
-    reference = runs.bf16("z_image")
-    reference.transformer.load_state_dict({name: tensor.bfloat16() for name, tensor in made.meant.items()})
-    assert torch.equal(runs.run(pipe, "z_image"), runs.run(reference, "z_image"))
+    check_run(made, tmp_path / "out")
     assert component_of(tmp_path / "out")["fp8_modules"] == {"w8a8": 0, "storage": len(linears(plain))}
 
 
@@ -448,6 +452,17 @@ def test_ours_to_comfyui_and_back(tmp_path: Path, name: str) -> None:
             == component_of(tmp_path / "back", dit)["shared_scales"]
         )
     load_pipeline(tmp_path / "back", device="cpu")
+
+
+def test_a_folder_of_ours_for_comfyui_is_no_base(tmp_path: Path) -> None:
+    convert(saved("z_image"), tmp_path / "comfyui", target="comfyui")
+    options: dict[str, Any] = {"base": tmp_path / "comfyui"}
+    with pytest.raises(ConvertError, match=r"has no configs; name with --base a snapshot in diffusers' layout"):
+        import_checkpoint(tmp_path / "comfyui", tmp_path / "out", **options)
+    with pytest.raises(ConvertError, match="import them with `fp8-convert import` first"):
+        dequantize(tmp_path / "comfyui", tmp_path / "out")
+    with pytest.raises(ConvertError, match=r"has no file of 'unet'; it has those of"):
+        import_checkpoint(tmp_path / "comfyui", tmp_path / "out", base=saved("z_image"), component="unet")
 
 
 def _dits(name: str) -> list[str]:
