@@ -25,7 +25,7 @@ _QUANTIZED_SUFFIXES = (
 def check_unquantized(component: Component, source: str) -> None:
     """Raise ConvertError, by name, for a component of the snapshot `source` that is quantised in any known way."""
     label = f"{component.label} of {source}"
-    advice = "give the original BF16, FP16 or FP32 snapshot"
+    advice = "give the original BF16, FP16 or FP32 snapshot, or take its FP8 over with `fp8-convert import`"
     if (config := component.config.get(layout.CONFIG_KEY)) is not None:
         method = config.get("quant_method", "unknown") if isinstance(config, dict) else "unknown"
         raise ConvertError(f"{label} is already quantised (quant_method {method!r:.80}); {advice}.")
