@@ -287,10 +287,12 @@ def _with_input_scales(
     w8a8 = [t for tensors in decisions.values() for t in tensors.values() if t.decision.mode == layout.W8A8]
     for tensor in w8a8:
         if not tensor.decision.per_tensor:
+            native = recipe.reader is NATIVE
+            whose = f"The manifest {recipe.manifest.name}" if native else f"The target {recipe.target}"
+            option = "--manifest" if native else "--target"
             raise ConvertError(
-                f"The manifest {recipe.manifest.name} gives {tensor.module} {tensor.decision.scheme} scales, and "
-                "static activations go with one scale per tensor; drop --activation-scheme static or pass another "
-                "--manifest."
+                f"{whose} gives {tensor.module} {tensor.decision.scheme} scales, and static activations go with one "
+                f"scale per tensor; drop --activation-scheme static or pass another {option}."
             )
         if tensor.module not in given:
             raise ConvertError(
