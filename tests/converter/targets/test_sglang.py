@@ -77,7 +77,7 @@ def test_static_activations_are_refused_where_sglang_needs_blocks(tmp_path: Path
     scales = tmp_path / "scales.safetensors"
     save_file({"layers.0.attention.to_q.input_scale": torch.tensor(0.5)}, scales)
     with pytest.raises(
-        ConvertError, match="^The target sglang gives .* block128x128 scales, and static .* pass another --target"
+        ConvertError, match=r"^The target sglang gives .* block128x128 scales, and static .* pass another --target"
     ):
         plan_conversion(
             pipelines.saved("z_image"), target="sglang", activation_scheme="static", input_scales=str(scales)
