@@ -21,7 +21,7 @@ def check_statement(component: Component, fp8: Fp8Component) -> Iterator[Finding
                 yield Finding(shard.path, f"has no {METADATA_KEY}, so ComfyUI would take codes for weights")
             continue
         try:
-            stated = parse_json(text.encode())["layers"]
+            stated = dict(parse_json(text.encode())["layers"])
         except (ValueError, KeyError, TypeError):
             yield Finding(shard.path, f"has a damaged {METADATA_KEY}")
             continue

@@ -154,7 +154,7 @@ def former_files(files: HubFiles, record: Record) -> set[str]:
             f"What {files.label} holds cannot be told, since its record cannot be read; push to another repository, or "
             f"delete {layout.RECORD_FILE} and the weights there."
         ) from error
-    was, now = former.source.repo, record.source.repo
+    was, now = (r.source.repo or r.source.base_repo for r in (former, record))
     if was is None or now is None:  # of a folder only the classes are known
         was, now = (r.source.pipeline or str(r.classes) for r in (former, record))
     if was != now:

@@ -58,14 +58,14 @@ def make_plan(snapshot: Snapshot, recipe: Recipe, memory: Memory = MEMORY) -> Pl
         plan_component(c, chosen[c.name], decisions[c.name], recipe, maps.get(c.name), memory, snapshot.components)
         for c in snapshot.components
     )
+    notes += [*_compact_notes(recipe, components), *recipe.reader.notes(snapshot.components)]
     if recipe.reader.single_files:
-        return single_files(snapshot, recipe, components, notes)
-    files = json_files(components)
-    of_target = recipe.reader.notes(snapshot.components)
-    notes = [*snapshot.remarks, *left_out_notes(snapshot.left_out), *notes, *_compact_notes(recipe, components)]
-    notes += of_target
-    sidecars = {path: size for path, size in snapshot.sidecars.items() if path not in files}
-    plan = Plan(snapshot, recipe, components, files, sidecars, tuple(notes))
+        plan = single_files(snapshot, recipe, components, notes)
+    else:
+        files = json_files(components)
+        notes = [*snapshot.remarks, *left_out_notes(snapshot.left_out), *notes]
+        sidecars = {path: size for path, size in snapshot.sidecars.items() if path not in files}
+        plan = Plan(snapshot, recipe, components, files, sidecars, tuple(notes))
     if refusal is not None:
         raise PlanRefusedError(refusal, plan)
     return plan

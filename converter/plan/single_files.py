@@ -1,4 +1,4 @@
-"""A plan whose components are one file each, as ComfyUI reads them: files in its folders, and licences.
+"""A plan whose components are one file each, as ComfyUI reads them: files in its folders, card and licences.
 
 Tokenizers, schedulers and configs are ComfyUI's own. What it has no names for is left out and said, or refused where
 it was to become FP8.
@@ -16,11 +16,12 @@ from ..targets.comfyui import METADATA_KEY, Extra, extras_of, file_path, quantiz
 from ..targets.key_map import KeyMap
 from ..targets.key_maps import key_map
 from ..telling.errors import ConvertError
+from ..telling.quantities import plural
 from .plan import ComponentPlan, Plan
 from .recipe import Recipe
 from .single_file import lay_out_single_file, original_modules
 
-_LICENCES = re.compile(r"(?i)(licen[cs]e|notice|copying)[^/]*")
+_CARRIED = re.compile(r"(?i)(licen[cs]e|notice|copying)[^/]*|README\.md")  # what says whose the model is
 
 
 def single_files(snapshot: Snapshot, recipe: Recipe, components: Sequence[ComponentPlan], notes: Iterable[str]) -> Plan:
@@ -38,9 +39,11 @@ def single_files(snapshot: Snapshot, recipe: Recipe, components: Sequence[Compon
         else:
             written.append(_in_one_file(component, recipe, snapshot.sidecars))
     read = {e.file: snapshot.sidecars[e.file] for c in written if c.single for e in c.single.extras if e.file}
-    licences = {path: size for path, size in snapshot.sidecars.items() if _LICENCES.fullmatch(path)}
-    mine = replace(snapshot, components=tuple(c.source for c in written), sidecars=licences | read)
-    return Plan(mine, recipe, tuple(written), {}, licences, (*snapshot.remarks, *said))
+    carried = {path: size for path, size in snapshot.sidecars.items() if _CARRIED.fullmatch(path)}
+    if others := snapshot.sidecars.keys() - carried.keys() - read.keys():
+        said.append(f"{plural(len(others), 'file')} (configs, tokenizers and the like) left out: ComfyUI has its own")
+    mine = replace(snapshot, components=tuple(c.source for c in written), sidecars=carried | read)
+    return Plan(mine, recipe, tuple(written), {}, carried, (*snapshot.remarks, *said))
 
 
 def _why_left_out(component: ComponentPlan, recipe: Recipe, sidecars: Mapping[str, int]) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from ..telling.errors import ConvertError
 from .key_map import KeyMap, Rule
 
 _DIT_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
@@ -19,10 +20,16 @@ _VAE_PREFIXES = ("vae.", "first_stage_model.")
 def key_map(class_name: str | None, config: Mapping[str, Any]) -> KeyMap | None:
     """The map of a component's class, None for a class that has none. config: its config.json.
 
-    Raises nothing: what a config counts otherwise than the table shows when names are mapped.
+    Raises ConvertError for a config whose values cannot be those of the class; one that counts otherwise than the
+    tensors shows when names are mapped.
     """
     build = _BUILDERS.get(class_name or "")
-    return None if build is None else build(config)
+    try:
+        return None if build is None else build(config)
+    except (TypeError, ValueError) as error:
+        raise ConvertError(
+            f"The config of {class_name} cannot be read ({error}), so its names in ComfyUI are not known; correct it."
+        ) from error
 
 
 def mapped_classes() -> tuple[str, ...]:

@@ -77,6 +77,8 @@ class VllmOmni(Target):
         return names
 
     def snapshot_problem(self, components: Sequence[Component], converted: Collection[str]) -> str | None:
+        if not any(c.library == "diffusers" for c in components):
+            return "How vLLM-Omni reads a text encoder depends on the DiT beside it; convert the whole pipeline."
         for component in components:
             if component.class_name in _OWN_ENCODER and not any(c.library == "transformers" for c in components):
                 return (

@@ -352,5 +352,5 @@ def test_memory_stays_bounded(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-c", _CHILD, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     imports, peak = map(int, done.stdout.split())
-    assert peak - imports <= 300 * 2**20, f"{(peak - imports) / 2**20:.0f} MiB over imports"
+    assert peak - imports <= 450 * 2**20, f"{(peak - imports) / 2**20:.0f} MiB over imports"
     assert (tmp_path / "back" / "diffusion_pytorch_model.safetensors").stat().st_size > 2 * codes

@@ -609,3 +609,25 @@ def test_the_command_line(tmp_path: Path) -> None:
     ):
         result = CliRunner().invoke(main, arguments)
         assert result.exit_code == 0, result.output
+
+
+def test_nothing_that_becomes_fp8_is_refused() -> None:
+    with pytest.raises(ConvertError, match="becomes FP8"):
+        plan_conversion(saved("wan22"), target="comfyui", ignored_layers=["re:.*"])
+
+
+def test_the_card_is_carried_and_what_is_left_out_is_said(tmp_path: Path) -> None:
+    source = copied(saved("z_image"), tmp_path / "source")
+    (source / "README.md").write_text("---\nlicense: openrail++\n---\nA model.\n")
+    result = convert(source, tmp_path / "out", target="comfyui")
+    assert (tmp_path / "out/README.md").read_bytes() == (source / "README.md").read_bytes()
+    assert any(note.endswith("left out: ComfyUI has its own") for note in result.plan.notes)
+
+
+@pytest.mark.parametrize("value", [None, 5])
+def test_a_config_that_cannot_be_read_is_named(tmp_path: Path, value: object) -> None:
+    source = copied(saved("z_image"), tmp_path / "source")
+    path = source / "vae/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"block_out_channels": value}))
+    with pytest.raises(ConvertError, match="The config of AutoencoderKL cannot be read"):
+        plan_conversion(source, target="comfyui")

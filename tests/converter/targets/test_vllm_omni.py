@@ -151,3 +151,8 @@ def test_one_dit_of_two_is_refused_where_the_other_would_inherit_its_config() ->
 def test_an_encoder_that_the_reader_does_not_find_is_noted() -> None:
     (note,) = plan_conversion(pipelines.saved("z_image"), target="vllm-omni").notes
     assert note.startswith("vLLM-Omni does not find the weights of text_encoder, converted or not")
+
+
+def test_a_text_encoder_alone_is_refused() -> None:
+    with pytest.raises(ConvertError, match="depends on the DiT beside it; convert the whole pipeline"):
+        plan_conversion(pipelines.saved("z_image") / "text_encoder", target="vllm-omni")
