@@ -21,6 +21,7 @@ _MAX_CONFIG_BYTES = 16 * 1024**2
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 PEFT_PREFIX = "base_model.model."
 PEFT_CONFIG = "adapter_config.json"
+ALPHA = ".alpha"
 _METADATA_KEY = "lora_adapter_metadata"  # where diffusers' save_lora_weights puts the adapter's config
 
 # Names that a PEFT or kohya LoRA has: two matrices for each weight, and the alpha.
@@ -107,6 +108,8 @@ def _tensor(info: TensorInfo, data: bytearray, data_start: int, path: Path) -> t
         raw = torch.frombuffer(data, dtype=dtype, count=info.numel, offset=start)
     if not bool(torch.isfinite(raw).all()):
         raise ConvertError(f"{info.name} in {path} holds NaN or Inf; give another file of this LoRA.")
+    if info.name.endswith(ALPHA) and (info.numel != 1 or raw.item() < 0):
+        raise ConvertError(f"{info.name} in {path} is no single number from 0 up; give another file of this LoRA.")
     return raw.view(info.shape)
 
 

@@ -108,6 +108,15 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "biases": ({"bias": "all"}, "was trained with biases"),
     "type": ({"peft_type": "LOHA"}, "is an adapter of the type 'LOHA'"),
     "alpha": ({"lora_alpha": "8"}, "has the lora_alpha '8', which is no number"),
+    "pissa": ({"init_lora_weights": "pissa_niter_4"}, "with init_lora_weights 'pissa_niter_4', which changes"),
+    "olora": ({"init_lora_weights": "olora"}, "was trained with init_lora_weights 'olora'"),
+    "loftq": ({"loftq_config": {"loftq_bits": 4}}, "was trained with loftq_config"),
+    "layers": ({"layer_replication": [[0, 1]]}, "was trained with layer_replication"),
+    "alora": ({"alora_invocation_tokens": [1]}, "was trained with alora_invocation_tokens"),
+    "arrow": ({"arrow_config": {"a": 1}}, "was trained with arrow_config"),
+    "modules": ({"modules_to_save": ["proj_out"]}, "was trained with modules_to_save"),
+    "unknown": ({"use_tomorrow": 1}, "was trained with use_tomorrow"),
+    "rslora": ({"use_rslora": "false"}, "has the use_rslora 'false', which is neither true nor false"),
     "regex": ({"alpha_pattern": {"(a+)+$": 4}}, r"has the alpha_pattern '\(a\+\)\+\$'"),
 }
 
@@ -130,6 +139,8 @@ REFUSED: dict[str, tuple[State, str]] = {
     "diff_b": ({"diffusion_model.x.diff_b": ONE}, "is of a bias"),
     "bias": ({"transformer.x.lora_B.bias": ONE}, "is of a bias"),
     "whole": ({"transformer.x.weight": ONE}, "transformer.x.weight in .* is no part of a LoRA"),
+    "alphas": ({"transformer.x.alpha": torch.ones(2)}, "transformer.x.alpha in .* is no single number from 0 up"),
+    "negative": ({"transformer.x.alpha": torch.tensor(-1.0)}, "is no single number from 0 up"),
     "nan": ({"transformer.x.lora_A.weight": ONE * float("nan")}, "holds NaN or Inf; give another file"),
     "fp8": ({"transformer.x.lora_A.weight": ONE.to(torch.float8_e4m3fn)}, r"is F8_E4M3 \[8, 256\], and a LoRA's"),
     "none": ({}, "holds no tensors"),
@@ -141,6 +152,19 @@ def test_what_is_no_plain_lora(tmp_path: Path, snapshot: Snapshot, case: str) ->
     state, message = REFUSED[case]
     file = write(tmp_path / "x.safetensors", {**(prefixed("transformer.", pairs(QWEN)) if state else {}), **state})
     with pytest.raises(ConvertError, match=message):
+        read(file, snapshot)
+
+
+def test_what_peft_writes_itself_is_plain(tmp_path: Path, snapshot: Snapshot) -> None:
+    from peft import LoraConfig
+
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["to_q"], init_lora_weights="gaussian", use_rslora=True)
+    file = write(tmp_path / "adapter_model.safetensors", prefixed("base_model.model.", pairs(QWEN)))
+    config.save_pretrained(tmp_path)
+    assert {change.factor for change in read(file, snapshot).changes.values()} == {16 / 8**0.5}
+    orphan = {"base_model.model.x.alpha": torch.tensor(8.0)}
+    write(file, prefixed("base_model.model.", pairs(QWEN)) | orphan)
+    with pytest.raises(ConvertError, match=r"x, of the LoRA adapter_model.safetensors, has no matrices for its alpha"):
         read(file, snapshot)
 
 
@@ -232,7 +256,82 @@ def test_a_fused_projection_is_split(tmp_path: Path) -> None:
 
 def test_what_diffusers_would_leave_out(tmp_path: Path) -> None:
     """It takes a fused projection for a copy of the split ones beside it, whatever is in it."""
-    names = {"lora_unet_layers_0_attention_qkv": (384, 128), "lora_unet_layers_0_attention_to_q": (128, 128)}
+    names = {f"lora_unet_layers_{i}_attention_qkv": (384, 128) for i in (0, 1)}  # one of them has nothing beside it
+    names["lora_unet_layers_0_attention_to_q"] = (128, 128)
     state = renamed(pairs(names), ("lora_A", "lora.down"), ("lora_B", "lora.up"))
-    with pytest.raises(ConvertError, match=r"diffusers leaves out some of the LoRA x.safetensors when it reads it for"):
+    message = "diffusers leaves out lora_unet_layers_0_attention_qkv.lora.down.weight and 1 more of the LoRA x.safe"
+    with pytest.raises(ConvertError, match=message):
         read(write(tmp_path / "x.safetensors", state), describe(LocalFiles(saved("z_image"))))
+
+
+FLUX_QKV = {"double_blocks_0_img_attn_qkv": (3 * 64, 64)}
+LEFT_OUT: dict[str, tuple[str, State, str]] = {
+    "flux-text-encoder": (
+        "flux",
+        {f"lora_te2_x.lora_{x}.weight": torch.ones(8, 8) for x in ("down", "up")},
+        r"lora_te2_x.lora_down.weight and 1 more of the LoRA x.safetensors when it reads it for FluxPipeline",
+    ),
+    "flux-final-layer": (
+        "flux",
+        kohya(pairs({"final_layer_linear": (4, 64)}), lambda module: module, alpha=80.0),
+        "lora_unet_final_layer_linear.alpha of the LoRA",
+    ),
+    "qwen-prefix": ("qwen_image", {f"transformer.{next(iter(QWEN))}.alpha": torch.tensor(8.0)}, "transformer.+alpha"),
+    "qwen-of-a-matrix": ("qwen_image", {f"{next(iter(QWEN))}.lora_A.alpha": torch.tensor(80.0)}, ".+lora_A.alpha of"),
+    "qwen-nothing": ("qwen_image", {"diffusion_model.nothing.alpha": torch.tensor(8.0)}, ".+nothing.alpha of"),
+}
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_every_tensor_is_accounted_for(tmp_path: Path, case: str) -> None:
+    """Pairs that one pair becomes, and the alphas that are applied, hide nothing that is dropped."""
+    source, extra, message = LEFT_OUT[case]
+    whole = kohya(pairs(FLUX_QKV), lambda m: m) if source == "flux" else prefixed("diffusion_model.", pairs(QWEN))
+    snapshot = describe(LocalFiles(saved(source)))
+    assert read(write(tmp_path / "x.safetensors", whole), snapshot).changes
+    with pytest.raises(ConvertError, match=f"diffusers leaves out {message}"):
+        read(write(tmp_path / "x.safetensors", whole | extra), snapshot)
+
+
+def test_two_tensors_of_one_name(tmp_path: Path) -> None:
+    state = pairs({"transformer_blocks.0.attn.to_q": (64, 64)})
+    state |= {k.replace(".weight", ".default.weight"): 2 * value for k, value in state.items()}
+    with pytest.raises(ConvertError, match=r"has two tensors that mean transformer_blocks.0.attn.to_q.lora_"):
+        read(write(tmp_path / "x.safetensors", state), describe(LocalFiles(saved("flux"))))
+
+
+def test_a_fused_projection_keeps_its_alpha(tmp_path: Path) -> None:
+    """Three pairs share one alpha, which each of them contains."""
+    state = kohya(pairs(FLUX_QKV), lambda module: module, alpha=2.0)
+    metadata = adapter_metadata(lora_alpha=2)
+    lora = read(write(tmp_path / "x.safetensors", state, metadata), describe(LocalFiles(saved("flux"))))
+    whole = _delta(pairs(FLUX_QKV), next(iter(FLUX_QKV))) * 2 / 8
+    found = [change.factor * change.b @ change.a for change in lora.changes.values()]
+    assert len(found) == 3
+    assert torch.allclose(torch.cat(found), whole)
+
+
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "lora_unet_"])
+def test_an_alpha_that_is_stated_twice(tmp_path: Path, snapshot: Snapshot, prefix: str) -> None:
+    state = kohya(pairs(QWEN), lambda module: module, alpha=32.0)
+    if prefix == "diffusion_model.":
+        state = prefixed(prefix, pairs(QWEN) | {f"{module}.alpha": torch.tensor(32.0) for module in QWEN})
+
+    def reading(**config: Any) -> Lora:
+        return read(write(tmp_path / "x.safetensors", state, adapter_metadata(**config)), snapshot)
+
+    module = next(iter(QWEN))
+    change = reading(lora_alpha=32).changes["transformer", module]
+    assert torch.allclose(change.factor * change.b @ change.a, _delta(pairs(QWEN), module) * 32 / 8, rtol=1e-4)
+    with pytest.raises(ConvertError, match=r"has the alpha 32 in the file and 16 in the config; take out"):
+        reading(lora_alpha=16)
+    with pytest.raises(ConvertError, match=r"has an alpha beside it, and the config has use_rslora, which contradict"):
+        reading(use_rslora=True)
+
+
+def test_no_alpha_is_nothing(tmp_path: Path, snapshot: Snapshot) -> None:
+    """Zero is an alpha, and the config in the metadata is for names without a prefix too."""
+    for prefix in ("transformer.", ""):
+        state = prefixed(prefix, pairs(QWEN))
+        lora = read(write(tmp_path / "x.safetensors", state, adapter_metadata(lora_alpha=0)), snapshot)
+        assert {change.factor for change in lora.changes.values()} == {0.0}
