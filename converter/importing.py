@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .conversion import Result, check_outside, finished_already, peak_rss
 from .format import layout
-from .format.untrusted import check_text
+from .format.untrusted import check_regular, check_text
 from .output.work import Work
 from .plan.manifest import choose_manifest, load_manifest
 from .plan.recipe import Recipe
@@ -113,6 +113,8 @@ def _find(source: Path, base: str | os.PathLike[str] | None, component: str | No
     check_text(source, "The source")
     if not source.exists():
         raise ConvertError(f"{source} does not exist; give a .safetensors file or a folder.")
+    if not source.is_dir():
+        check_regular(source, str(source))
     if source.is_dir() and base is None:
         if not any((source / name).is_file() for name in (MODEL_INDEX, CONFIG)):
             raise ConvertError(_needs_base(source))

@@ -232,6 +232,7 @@ def _notes(
     for is_one, words in checks:
         if names := [t.info.name for t in decided if is_one(t)]:
             notes.append(f"{label}: {plural(len(names), 'tensor')} {words}, such as {names[0]}")
+    notes += [f"{label}: {note}" for note in found.notes]
     if unequal:
         count = plural(len(unequal), "group")
         groups = "; ".join(", ".join(group) for group in unequal[:3]) + ("; …" if len(unequal) > 3 else "")

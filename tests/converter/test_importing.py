@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +319,8 @@ def test_tensors_that_cannot_be_imported(tmp_path: Path, name: str, tensor: torc
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quantised by ModelOpt to 'NVFP4'"),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "format 'pack-quantized'"),
         ({}, "has the quant_method None"),
+        ({"quant_method": ["fp8"]}, r"has the quant_method \['fp8'\]"),
+        ({"quant_method": {"a": 1}}, "has the quant_method {'a': 1}"),
         ({"quant_method": "fp8", "weight_block_size": [0, 1]}, r"states the block \[0, 1\]"),
     ],
 )
@@ -355,6 +358,116 @@ def test_scales_of_a_layout_that_is_not_known(tmp_path: Path, name: str) -> None
         import_checkpoint(as_folder(made, tmp_path / "source"), tmp_path / "out")
 
 
+@pytest.mark.parametrize("layout", [name for name in WRITERS if name != "bare cast"])
+def test_a_scale_that_was_lost(tmp_path: Path, layout: str) -> None:
+    """Its codes are no values, and would load as garbage."""
+    plain = weights()
+    made = WRITERS[layout](plain, linears(plain))
+    for suffix in ("weight_scale", "scale_weight", "weight_scale_inv"):
+        made.tensors.pop(f"{Q}.{suffix}", None)
+    with pytest.raises(ConvertError, match=rf"{Q}\.weight of transformer holds FP8 codes without a scale, although"):
+        import_checkpoint(as_folder(made, tmp_path / "source"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ({"config": {"quant_method": "fp8"}}, "although the config states a quantisation"),
+        ({"marker": torch.zeros(0, dtype=foreign.E4M3)}, "although scaled_fp8 is there"),
+        ({"layers": {Q: {"format": "float8_e4m3fn"}}}, "although the file's header or its tensors name FP8 layers"),
+    ],
+)
+def test_all_scales_were_lost(tmp_path: Path, statement: dict[str, Any], message: str) -> None:
+    made = foreign.bare(weights(), ())
+    made.config = statement.get("config")
+    if "marker" in statement:
+        made.tensors["scaled_fp8"] = statement["marker"]
+    if "layers" in statement:
+        made.metadata["_quantization_metadata"] = json.dumps({"layers": statement["layers"]})
+    with pytest.raises(ConvertError, match=message):
+        import_checkpoint(as_folder(made, tmp_path / "source"), tmp_path / "out")
+
+
+def test_a_marker_of_two_elements_asks_for_full_precision(tmp_path: Path) -> None:
+    plain = weights()
+    made = foreign.comfyui_scaled(plain, linears(plain))
+    made.tensors["scaled_fp8"] = torch.zeros(2, dtype=foreign.E4M3)
+    import_checkpoint(as_folder(made, tmp_path / "source"), tmp_path / "out")
+    assert component_of(tmp_path / "out")["fp8_modules"] == {"w8a8": 0, "storage": len(linears(plain))}
+
+
+@pytest.mark.parametrize("marker", [torch.zeros(2), torch.zeros(3, dtype=foreign.E4M3)])
+def test_a_marker_that_is_not_known(tmp_path: Path, marker: torch.Tensor) -> None:
+    plain = weights()
+    made = foreign.comfyui_scaled(plain, linears(plain))
+    made.tensors["scaled_fp8"] = marker
+    with pytest.raises(ConvertError, match=r"scaled_fp8 in .* is no marker of a layout that is known"):
+        import_checkpoint(as_folder(made, tmp_path / "source"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("convrot", True, f"{Q} in .* has 'convrot' in its ComfyUI entry"),
+        ("full_precision_matrix_mult", 1, "full_precision_matrix_mult 1, which is no true or false"),
+    ],
+)
+def test_layers_with_more_than_a_format(tmp_path: Path, key: str, value: Any, message: str) -> None:
+    plain = weights()
+    made = foreign.comfyui(plain, linears(plain))
+    statement = json.loads(made.metadata["_quantization_metadata"])
+    statement["layers"][Q] = {"format": "float8_e4m3fn", key: value}
+    made.metadata["_quantization_metadata"] = json.dumps(statement)
+    with pytest.raises(ConvertError, match=message):
+        import_checkpoint(as_folder(made, tmp_path / "source"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"transform_config": {"config_groups": {"u": {"type": "hadamard"}}}}, "has a transform_config"),
+        ({"config_groups": {"a": {"weights": {"num_bits": 8, "type": "int"}}}}, "'a' in config_groups, whose weights"),
+        (
+            {
+                "config_groups": {
+                    name: {"weights": {"num_bits": 8, "type": "float", "block_structure": [side, side]}}
+                    for name, side in (("a", 128), ("b", 130))
+                }
+            },
+            "'b' in config_groups, whose weights are quantised otherwise",
+        ),
+    ],
+)
+def test_compressed_tensors_that_cannot_be_imported(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    plain = weights()
+    made = foreign.compressed_tensor(plain, linears(plain))
+    made.config = (made.config or {}) | change
+    with pytest.raises(ConvertError, match=message):
+        import_checkpoint(as_folder(made, tmp_path / "source"), tmp_path / "out")
+
+
+def test_what_is_assumed_or_left_out_is_said(tmp_path: Path) -> None:
+    plain = weights()
+    made = foreign.blocks(plain, linears(plain))
+    file = as_file(made, tmp_path / "z.safetensors")
+    notes = plan_import_checkpoint(file, base=saved("z_image")).notes
+    assert any("no config states the size of blocks: 128x128 is assumed" in note for note in notes)
+    made = foreign.channel(plain, linears(plain))
+    made.config = {"quant_method": "compressed-tensors", "format": "float-quantized", "activation_scheme": "static"}
+    made.tensors["t_embedder.mlp.0.input_scale"] = torch.tensor(2.0)
+    notes = plan_import_checkpoint(as_folder(made, tmp_path / "source")).notes
+    assert any("states static activations, and the file has no input scales" in note for note in notes)
+    assert any("t_embedder.mlp.0.input_scale left out: of layers that are not FP8" in note for note in notes)
+
+
+def test_two_input_scales_that_differ(tmp_path: Path) -> None:
+    plain = weights()
+    made = foreign.modelopt(plain, linears(plain))
+    made.tensors[f"{Q}.scale_input"] = torch.tensor(9.0)
+    with pytest.raises(ConvertError, match=rf"{Q}\.input_scale and {Q}\.scale_input differ"):
+        import_checkpoint(as_folder(made, tmp_path / "source"), tmp_path / "out")
+
+
 def test_checkpoints_that_do_not_fit_the_base(tmp_path: Path) -> None:
     plain = weights()
     made = foreign.comfyui(plain, linears(plain))
@@ -378,9 +491,12 @@ def test_checkpoints_that_do_not_fit_the_base(tmp_path: Path) -> None:
 
 def test_sources_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "model.pt").write_bytes(b"PK")
+    os.mkfifo(tmp_path / "fifo.safetensors")
     for source, message in (
         (tmp_path / "model.pt", r"model\.pt is no safetensors file, and nothing else is imported"),
         (tmp_path / "nothing", "does not exist"),
+        (tmp_path / "fifo.safetensors", "is a FIFO instead of a file"),
+        (Path("/dev/zero"), "is a device instead of a file"),
     ):
         with pytest.raises(ConvertError, match=message):
             import_checkpoint(source, tmp_path / "out", base=saved("z_image"))
