@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import foreign
+import loras
 import pytest
 import runs
 import torch
@@ -508,6 +509,67 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
     save_file({"a._weight_qdata": torch.ones(2)}, tmp_path / "ao.safetensors", {"tensor_names": '["a.weight"]'})
     with pytest.raises(ConvertError, match="flattened torchao tensors"):
         import_checkpoint(tmp_path / "ao.safetensors", tmp_path / "out", base=saved("z_image"))
+
+
+def poked(file: Path) -> None:
+    """Change one bit of a file; of a code, its sign."""
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 0x80
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("text_encoder/model.safetensors", r"text_encoder/model\.safetensors has another sha256 than the record"),
+        ("vae/" + SHARD, "has another sha256 than the record"),
+        ("vae/config.json", r"vae/config\.json of .* has another sha256 than the record says"),
+        (RECORD, r"fp8_convert\.json of .* is damaged"),
+        (DIT, None),  # is replaced
+    ],
+)
+def test_a_damaged_base_is_not_passed_on(tmp_path: Path, path: str, message: str | None) -> None:
+    plain = weights()
+    file = as_file(foreign.comfyui(plain, linears(plain)), tmp_path / "z.safetensors")
+    convert(saved("z_image"), tmp_path / "base")
+    poked(tmp_path / "base" / path)
+    if message is None:
+        import_checkpoint(file, tmp_path / "out", base=tmp_path / "base")
+        return
+    with pytest.raises(ConvertError, match=message):
+        import_checkpoint(file, tmp_path / "out", base=tmp_path / "base")
+    assert not (tmp_path / "out" / RECORD).exists()
+
+
+def test_a_damaged_source_of_this_projects_own(tmp_path: Path) -> None:
+    convert(saved("z_image"), tmp_path / "comfyui", target="comfyui")
+    [file] = (tmp_path / "comfyui" / "diffusion_models").iterdir()
+    import_checkpoint(tmp_path / "comfyui", tmp_path / "whole", base=saved("z_image"))
+    poked(file)
+    with pytest.raises(ConvertError, match=rf"{file.name} has another sha256 than the record"):
+        import_checkpoint(tmp_path / "comfyui", tmp_path / "out", base=saved("z_image"))
+    with pytest.raises(ConvertError, match=rf"{file.name} has another sha256 than .*fp8_convert\.json says"):
+        import_checkpoint(file, tmp_path / "out", base=saved("z_image"))
+
+
+def test_the_loras_of_a_base_stay_in_the_record(tmp_path: Path) -> None:
+    plain = weights()
+    file = as_file(foreign.comfyui(plain, linears(plain)), tmp_path / "z.safetensors")
+    module = "layers.0.self_attn.q_proj"
+    shape = weights("z_image", "text_encoder", "model.safetensors")[f"{module}.weight"].shape
+    lora = loras.write(
+        tmp_path / "l.safetensors", loras.prefixed("text_encoder.", loras.pairs({module: (shape[0], shape[1])}))
+    )
+    convert(saved("z_image"), tmp_path / "base", merge_lora=[str(lora)])
+    for number in range(2):  # what is imported over an import, too
+        import_checkpoint(file, tmp_path / f"out{number}", base=tmp_path / ("base", "out0")[number])
+        before, after = (
+            json.loads((tmp_path / folder / RECORD).read_text())["recipe"]["merged_loras"]
+            for folder in ("base", f"out{number}")
+        )
+        assert len(before) == 1
+        assert before == after
+        assert verify(tmp_path / f"out{number}").ok
 
 
 def test_an_import_is_not_compared_with_a_source(tmp_path: Path) -> None:
