@@ -1,4 +1,4 @@
-"""Is a finished snapshot what was written? Asked before another one is made of it, with digests for what is read later."""
+"""Is a finished snapshot what was written? Asked before another one is made of it; shards are compared later."""
 
 from __future__ import annotations
 

@@ -88,9 +88,9 @@ def _component(
 def _decide(found: Adopted, manifest: Manifest) -> _Decided:
     component = found.component
     rules = _rules(component, manifest)
-    modules = module_map(component)
-    if modules.problem:
-        raise ConvertError(f"{component.label} cannot be imported: {modules.problem}.")
+    modules = module_map(component, found.dropped)
+    if problem := modules.problem or modules.misfit:
+        raise ConvertError(f"{component.label} cannot be imported: {problem}.")
     decided = [PlannedTensor(t, _decide_one(t, found, rules, modules)) for t in component.tensors]
     decided, unequal = _with_groups(decided, rules)
     notes = _notes(found, component.label, decided, unequal)

@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 from foreign import WRITERS, Checkpoint, as_file, as_folder, linears
 from hub_server import running_hub
-from pipelines import saved
+from pipelines import copied, saved
 from reference import read_safetensors
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -467,6 +467,46 @@ def test_two_input_scales_that_differ(tmp_path: Path) -> None:
     made.tensors[f"{Q}.scale_input"] = torch.tensor(9.0)
     with pytest.raises(ConvertError, match=rf"{Q}\.input_scale and {Q}\.scale_input differ"):
         import_checkpoint(as_folder(made, tmp_path / "source"), tmp_path / "out")
+
+
+NORM = "layers.0.attention_norm1.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        (f"{Q}.smooth_factor", torch.ones(4), "is no tensor of ZImageTransformer2DModel"),
+        (f"{Q}_scale", torch.ones(1), "is no tensor of ZImageTransformer2DModel"),
+        (f"{NORM}_lora", torch.ones(1), "is no tensor of ZImageTransformer2DModel"),
+        ("layers.0.adaLN_modulation.0.bias_scale", torch.ones(1), "is no tensor of ZImageTransformer2DModel"),
+        (NORM, torch.ones(3).bfloat16(), r"has the shape \[3\], and ZImageTransformer2DModel wants \[256\]"),
+        (f"{Q}.weight", torch.zeros(256, 128).to(foreign.E4M3), r"has the shape \[256, 128\], and"),
+        (NORM, None, "of ZImageTransformer2DModel is missing"),
+    ],
+)
+def test_a_folder_does_not_fit_its_class(tmp_path: Path, name: str, tensor: torch.Tensor | None, message: str) -> None:
+    plain = weights()
+    made = foreign.comfyui(plain, linears(plain))
+    made.tensors[name] = tensor if tensor is not None else made.tensors[name]
+    if tensor is None:
+        del made.tensors[name]
+    with pytest.raises(ConvertError, match=f"transformer cannot be imported: {name} {message}"):
+        import_checkpoint(as_folder(made, tmp_path / "source"), tmp_path / "out")
+
+
+def test_a_text_encoder_with_a_head(tmp_path: Path) -> None:
+    """Its class does without the head; what stands beside a layer's weights is no head."""
+    plain = weights("z_image", "text_encoder", "model.safetensors")
+    layers = [n.removesuffix(".weight") for n, t in plain.items() if t.ndim == 2 and n.startswith("layers.")]
+    made = foreign.channel(plain, layers)
+    made.tensors["lm_head.weight"] = torch.ones(4, 4)
+    source = copied(saved("z_image"), tmp_path / "source")
+    as_file(made, source / "text_encoder" / "model.safetensors")
+    plan_import_checkpoint(source)
+    made.tensors[f"{layers[0]}.wscales"] = torch.ones(4)
+    as_file(made, source / "text_encoder" / "model.safetensors")
+    with pytest.raises(ConvertError, match=rf"{layers[0]}\.wscales is no tensor of Qwen3Model"):
+        plan_import_checkpoint(source)
 
 
 def test_checkpoints_that_do_not_fit_the_base(tmp_path: Path) -> None:
