@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .checks.intact import check_recorded, read_intact
 from .conversion import Result, check_outside, finished_already, peak_rss
 from .format import layout
-from .format.untrusted import check_text
+from .format.record import RecordedLora
+from .format.untrusted import check_regular, check_text
 from .output.work import Work
 from .plan.manifest import choose_manifest, load_manifest
 from .plan.recipe import Recipe
@@ -34,11 +36,15 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf")
 
 @dataclass(frozen=True)
 class _Found:
-    """What is to be imported: the snapshot that it makes, its files, and the components that another tool quantised."""
+    """What is to be imported: the snapshot that it makes, its files, and the components that another tool quantised.
+
+    merged: the LoRAs that its base was made with.
+    """
 
     snapshot: Snapshot
     files: LocalFiles
     adopted: dict[str, Adopted]
+    merged: tuple[RecordedLora, ...] = ()
 
 
 def plan_import_checkpoint(
@@ -106,13 +112,15 @@ def _plan(found: _Found, manifest: str | None) -> Plan:
     snapshot = found.snapshot
     rules = load_manifest(manifest) if manifest is not None else None
     rules = rules or choose_manifest(snapshot.base_repo, snapshot.pipeline, snapshot.classes)
-    return plan_import(snapshot, found.adopted, Recipe(rules))
+    return plan_import(snapshot, found.adopted, Recipe(rules, merged=found.merged))
 
 
 def _find(source: Path, base: str | os.PathLike[str] | None, component: str | None, access: HubAccess) -> _Found:
     check_text(source, "The source")
     if not source.exists():
         raise ConvertError(f"{source} does not exist; give a .safetensors file or a folder.")
+    if not source.is_dir():
+        check_regular(source, str(source))
     if source.is_dir() and base is None:
         if not any((source / name).is_file() for name in (MODEL_INDEX, CONFIG)):
             raise ConvertError(_needs_base(source))
@@ -159,45 +167,61 @@ def _with_adopted(snapshot: Snapshot, adopted: dict[str, Adopted]) -> Snapshot:
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    """The files of one component, by the paths that they take. component: which one, None where that is to be found."""
+    """The files of one component, by the paths that they take. component: which one, None where that is to be found.
+
+    digests: of the files, where a record states them.
+    """
 
     paths: dict[str, Path]
     component: str | None
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 def _onto_base(source: Path, base: str | os.PathLike[str], component: str | None, access: HubAccess) -> _Found:
     base_files = open_files(base, access)
+    record = read_intact(base_files)
     snapshot = describe(base_files, variant=access.variant, allow_converted=True)
     if snapshot.single_files:
         raise ConvertError(f"{snapshot.label} has no configs; name with --base a snapshot in diffusers' layout.")
-    adopted, paths = {}, dict[str, Path]()
+    adopted, paths, digests = {}, dict[str, Path](), dict[str, str]()
     for checkpoint in _checkpoints(source, component):
         taken = _take(source, checkpoint, snapshot)
         adopted[taken.component.name] = taken
         paths |= checkpoint.paths
+        digests |= checkpoint.digests
     if not any(taken.scales for taken in adopted.values()):
         raise ConvertError(f"{source} has no FP8 weights; there is nothing to import.")
+    replaced = frozenset(adopted)
     # Of the base's own weights for these components none is needed.
     rest = [replace(c, shards=(), index=None) if c.name in adopted else c for c in snapshot.components]
     here = fetch(replace(snapshot, components=tuple(rest)), base_files)
-    files = OverlayFiles(here, paths, str(source))
+    files = OverlayFiles(here, paths, str(source), digests)
     adopted |= _adopt_own([c for c in rest if c.name not in adopted], files)
     snapshot = replace(
         snapshot, label=str(source), repo=None, commit=None, base_repo=base_files.repo, base_commit=base_files.commit
     )
-    return _Found(_with_adopted(snapshot, adopted), files, adopted)
+    # A LoRA that went into a component that is replaced is gone with it.
+    merged = () if record is None else tuple(x for x in record.recipe.merged_loras if x.component not in replaced)
+    return _Found(_with_adopted(snapshot, adopted), files, adopted, merged)
 
 
 def _checkpoints(source: Path, component: str | None) -> list[_Checkpoint]:
     """What a file or folder holds: one component, or each that this project wrote as a single file of its own."""
     if source.is_file() or not (source / layout.RECORD_FILE).is_file():
         root = source if source.is_dir() else source.parent
-        return [_Checkpoint({name: root / name for name in _shards_of(source)}, component)]
-    written = describe(LocalFiles(source), allow_converted=True)
+        paths = {name: root / name for name in _shards_of(source)}
+        for path in paths.values():
+            check_recorded(path)
+        return [_Checkpoint(paths, component)]
+    files = LocalFiles(source)
+    read_intact(files)
+    written = describe(files, allow_converted=True)
     if not written.single_files:
         raise ConvertError(f"{source} was converted by fp8-convert, and there is nothing to import.")
     found = [
-        _Checkpoint({shard.path: source / shard.path for shard in c.shards}, c.name)
+        _Checkpoint(
+            {s.path: source / s.path for s in c.shards}, c.name, {s.path: s.sha256 for s in c.shards if s.sha256}
+        )
         for c in written.components
         if c.shards and component in (None, c.name)
     ]
@@ -212,7 +236,10 @@ def _take(source: Path, checkpoint: _Checkpoint, base: Snapshot) -> Adopted:
     root = source if source.is_dir() else source.parent
     # What the user names may be a link to anywhere.
     files = OverlayFiles(LocalFiles(root), checkpoint.paths, str(source))
-    shards = tuple(Shard(p, file.stat().st_size, files.header(p)) for p, file in checkpoint.paths.items())
+    shards = tuple(
+        Shard(p, file.stat().st_size, files.header(p), checkpoint.digests.get(p))
+        for p, file in checkpoint.paths.items()
+    )
     read = _as_component(source, shards, files)
     foreign = read_foreign(read, files) or Foreign("plain", {}, frozenset())
     chosen = _choose(base, checkpoint.component, real_shapes(read, foreign), source)

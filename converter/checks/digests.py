@@ -22,7 +22,7 @@ def check_files(root: Path, record: Record, progress: Progress) -> Iterator[Find
     """Sizes and digests of all that the record lists, and files that it does not list."""
     places = {name: place(root, record, name) for name in record.files}
     for name, entry in record.files.items():
-        if problem := _damage(root / places[name], entry):
+        if problem := damage(root / places[name], entry):
             yield Finding(places[name], problem)
         progress.advance(entry.size)
     own_card = {layout.CARD} if has_own_card(root, record) else set()
@@ -66,7 +66,7 @@ def _unlisted(root: Path, listed: Collection[str]) -> Iterator[Finding]:
         below.sort()
 
 
-def _damage(file: Path, entry: RecordedFile) -> str | None:
+def damage(file: Path, entry: RecordedFile) -> str | None:
     """How a file differs from its entry in the record, None if it does not."""
     try:
         if not file.is_file():

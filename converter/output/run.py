@@ -22,7 +22,7 @@ from ..format.layout import RECORD_FILE, encode_json
 from ..plan.plan import ComponentPlan, Plan, ShardPlan
 from ..plan.sharding import OutputFile
 from ..plan.single_file import SingleFile
-from ..snapshot.files import Files, SourceFile, content_sha256
+from ..snapshot.files import Files, LocalFiles, SourceFile, content_sha256
 from ..snapshot.hub import HubFiles
 from ..snapshot.locate import fetch
 from ..stream import compiled
@@ -300,6 +300,10 @@ def _check_read(stream: ShardStream, target: Target, supply: Supply) -> None:
     planned = stream.plan.source
     if planned.sha256 not in (None, stream.sha256):
         target.doubt(planned.path)
+        if isinstance(supply.files, LocalFiles) and planned.path in supply.files.digests:
+            raise ConvertError(
+                f"{planned.path} has another sha256 than the record of its snapshot says; download or convert it again."
+            )
         advice = supply.discard(planned)
         raise ResumableError(f"{planned.path} differs from the Hub's digest, so its download is corrupt; {advice}.")
     stream.source.check_unchanged()

@@ -88,9 +88,9 @@ def _component(
 def _decide(found: Adopted, manifest: Manifest) -> _Decided:
     component = found.component
     rules = _rules(component, manifest)
-    modules = module_map(component)
-    if modules.problem:
-        raise ConvertError(f"{component.label} cannot be imported: {modules.problem}.")
+    modules = module_map(component, found.dropped)
+    if problem := modules.problem or modules.misfit:
+        raise ConvertError(f"{component.label} cannot be imported: {problem}.")
     decided = [PlannedTensor(t, _decide_one(t, found, rules, modules)) for t in component.tensors]
     decided, unequal = _with_groups(decided, rules)
     notes = _notes(found, component.label, decided, unequal)
@@ -232,6 +232,7 @@ def _notes(
     for is_one, words in checks:
         if names := [t.info.name for t in decided if is_one(t)]:
             notes.append(f"{label}: {plural(len(names), 'tensor')} {words}, such as {names[0]}")
+    notes += [f"{label}: {note}" for note in found.notes]
     if unequal:
         count = plural(len(unequal), "group")
         groups = "; ".join(", ".join(group) for group in unequal[:3]) + ("; …" if len(unequal) > 3 else "")

@@ -11,6 +11,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from ..format.layout import Block
+from ..format.reader import as_json
+from ..format.record import RecordedLora
 from ..targets.choosing import TARGETS
 from ..targets.target import NATIVE, Target
 from ..telling.errors import SettingsError
@@ -37,7 +39,7 @@ class Recipe(Brief):
     all that the manifest converts. block: block size for the DiT's weights, None for the manifest's choice.
     input_scales: per module the activation scale of the static scheme. max_shard_size: the most bytes of an output
     file, as far as whole tensors allow; None cuts none. target: who reads the output. loras: those to merge, one after
-    the other. `Settings.resolve` makes one of what a user states.
+    the other; merged: those that an import's base was made with. `Settings.resolve` makes one of what a user states.
     """
 
     manifest: Manifest
@@ -50,6 +52,7 @@ class Recipe(Brief):
     max_shard_size: int | None = None
     target: str = NATIVE.name
     loras: tuple[Lora, ...] = ()
+    merged: tuple[RecordedLora, ...] = ()
 
     @property
     def reader(self) -> Target:
@@ -70,7 +73,7 @@ class Recipe(Brief):
             "max_shard_size": self.max_shard_size,
             "target": self.target,
             "input_scales_sha256": _digest(dict(self.input_scales)) if self.input_scales else None,
-            "merged_loras": [lora.to_json() for lora in self.loras],
+            "merged_loras": [*as_json(self.merged), *(lora.to_json() for lora in self.loras)],
         }
 
     def sha256(self) -> str:

@@ -77,7 +77,10 @@ class SourceFile:
 
 
 class LocalFiles:
-    """A snapshot in a folder. Links may point inside it, or into the blobs of the Hub cache that it belongs to."""
+    """A snapshot in a folder. Links may point inside it, or into the blobs of the Hub cache that it belongs to.
+
+    digests: sha256 of files, by path, as whoever wrote the snapshot states them.
+    """
 
     repo: str | None = None
     commit: str | None = None
@@ -86,6 +89,7 @@ class LocalFiles:
         self.root = root
         self.label = str(root)
         self._inside = (root.resolve(), *_hub_blobs(root))
+        self.digests: Mapping[str, str] = {}
         self._listed: dict[str, int] | None = None
         self._stats: dict[str, tuple[int, ...]] = {}
 
@@ -114,7 +118,7 @@ class LocalFiles:
         return full
 
     def sha256(self, path: str) -> str | None:
-        return None
+        return self.digests.get(path)
 
     def read(self, path: str, limit: int) -> bytes:
         return read_whole(self.local(path), f"{path} in {self.label}", limit)

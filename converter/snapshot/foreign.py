@@ -22,12 +22,14 @@ from ..format.untrusted import open_regular, parse_json
 from ..telling.errors import ConvertError
 from ..telling.notebook import Brief
 from .files import LocalFiles
+from .foreign_config import METHODS, block_of, config_problem
 from .fp8 import CODES
 from .given_scale import BARE, GivenScale, as_float32, fitted
 from .snapshot import Component, Shard
 
 COMFY_METADATA = "_quantization_metadata"
 _COMFY_QUANT, _SCALED_FP8 = ".comfy_quant", "scaled_fp8"
+_FULL_PRECISION = "full_precision_matrix_mult"
 _WEIGHT_SCALES = (WEIGHT_SCALE, WEIGHT_SCALE_INV, ".scale_weight")
 _INPUT_SCALES = (INPUT_SCALE, ".scale_input", ".activation_scale")
 _DROPPED = (*_WEIGHT_SCALES, *_INPUT_SCALES, _COMFY_QUANT)
@@ -38,9 +40,6 @@ _REFUSED_SUFFIXES = (
     ".input_zero_point", ".qweight", ".qzeros", ".SCB", ".absmax", ".quant_map", ".weight_format", ".smooth_scale",
     ".k_scale", ".v_scale", ".q_scale", ".output_scale", "_qdata",
 )  # fmt: skip
-_METHODS = {
-    "fp8": "fp8", "fp8_convert": "fp8-convert", "modelopt": "ModelOpt", "compressed-tensors": "compressed-tensors",
-}  # fmt: skip
 _LARGEST_SCALE = 64 * 1024 * 1024  # bytes of one scale tensor: several times what a real one has
 
 
@@ -48,12 +47,14 @@ _LARGEST_SCALE = 64 * 1024 * 1024  # bytes of one scale tensor: several times wh
 class Foreign(Brief):
     """A component's FP8 tensors as another tool wrote them, by name; all of them E4M3 codes.
 
-    label: what the layout is called. scales: by the codes' names. dropped: tensors that only that tool needs.
+    label: what the layout is called. scales: by the codes' names. dropped: tensors that only that tool needs. notes:
+    what the user should know, as clauses.
     """
 
     label: str
     scales: Mapping[str, GivenScale]
     dropped: frozenset[str]
+    notes: tuple[str, ...] = ()
 
 
 def read_foreign(component: Component, files: LocalFiles) -> Foreign | None:
@@ -65,17 +66,19 @@ def read_foreign(component: Component, files: LocalFiles) -> Foreign | None:
     tensors = {t.name: (t, shard) for shard in component.shards for t in shard.header.tensors}
     config = component.config.get(layout.CONFIG_KEY)
     _refuse_others(component, files.label, config, [t for t, _ in tensors.values()])
-    codes = [name for name, (tensor, _) in tensors.items() if tensor.dtype == CODES]
     dropped = {name for name in tensors if name.endswith(_DROPPED) or _is_marker(name)}
+    codes = [name for name, (tensor, _) in tensors.items() if tensor.dtype == CODES and name not in dropped]
     if not codes and not dropped and config is None:
         return None
     layers = _comfy_layers(component, files, tensors)
-    reader = _Scales(files, tensors, _block_of(config, component))
-    scales = {name: replace(reader.scale_of(name), mode=layers.get(_module(name))) for name in codes}
-    stated = _stated(component)
-    scales = {name: replace(s, mode=stated.get(_module(name), s.mode)) for name, s in scales.items()}
+    reader = _Scales(files, tensors, block_of(config, component.label))
+    modes = {**_marked(tensors, codes), **layers, **_stated(component)}
+    scales = {name: replace(reader.scale_of(name), mode=modes.get(_module(name))) for name in codes}
     _refuse_orphans(component, dropped, codes, layers)
-    return Foreign(_label(component, config, dropped, layers, scales), scales, frozenset(dropped))
+    _refuse_bare(component, config, scales, dropped, layers)
+    label = _label(component, config, dropped, layers, scales)
+    notes = () if label == "fp8-convert" else tuple(_notes(config, scales, dropped))
+    return Foreign(label, scales, frozenset(dropped), notes)
 
 
 class _Scales:
@@ -113,14 +116,19 @@ class _Scales:
             )
 
     def _input_scale(self, module: str) -> float | None:
-        name = next((module + suffix for suffix in _INPUT_SCALES if module + suffix in self._tensors), None)
-        if name is None:
-            return None
-        info, shard = self._tensors[name]
-        if info.numel != 1:
-            raise ConvertError(f"{name} in {shard.path} has the shape {list(info.shape)}; one scale can be imported.")
-        value = float(self._values(name)[0])
-        return None if value == 1 and not name.endswith(INPUT_SCALE) else value  # ComfyUI's older layout: none
+        found: dict[str, float] = {}
+        for name in (module + suffix for suffix in _INPUT_SCALES if module + suffix in self._tensors):
+            info, shard = self._tensors[name]
+            if info.numel != 1:
+                raise ConvertError(
+                    f"{name} in {shard.path} has the shape {list(info.shape)}; one scale can be imported."
+                )
+            value = float(self._values(name)[0])
+            if value != 1 or name.endswith(INPUT_SCALE):  # ComfyUI's older layout: none
+                found[name] = value
+        if len({*found.values()}) > 1:
+            raise ConvertError(f"{' and '.join(found)} differ, and a layer has one input scale; check the file.")
+        return next(iter(found.values()), None)
 
     def _values(self, name: str) -> Any:
         info, shard = self._tensors[name]
@@ -152,6 +160,26 @@ def _is_marker(name: str) -> bool:
     return name.rpartition(".")[2] == _SCALED_FP8
 
 
+def _marked(tensors: Mapping[str, tuple[TensorInfo, Shard]], codes: Sequence[str]) -> dict[str, str]:
+    """Modules that are stored by the marker of ComfyUI's older layout: one of two elements says so.
+
+    Raises ConvertError for a marker that means something else.
+    """
+    modes: dict[str, str] = {}
+    for name, (info, shard) in tensors.items():
+        if not _is_marker(name):
+            continue
+        if info.dtype != CODES or info.numel > 2:
+            raise ConvertError(
+                f"{name} in {shard.path} is {info.dtype} of the shape {list(info.shape)}, which is no marker of a "
+                "layout that is known; it cannot be imported."
+            )
+        if info.numel == 2:
+            prefix = name.removesuffix(_SCALED_FP8)
+            modes |= {_module(code): layout.STORAGE for code in codes if code.startswith(prefix)}
+    return modes
+
+
 def _module(name: str) -> str:
     return name.removesuffix(WEIGHT)
 
@@ -172,7 +200,7 @@ def _stated(component: Component) -> dict[str, str]:
 
 def _refuse_others(component: Component, source: str, config: Any, tensors: Sequence[TensorInfo]) -> None:
     label = f"{component.label} of {source}"
-    if problem := _config_problem(config):
+    if problem := config_problem(config):
         raise ConvertError(f"{label} {problem}, which cannot be imported; give an FP8 checkpoint of E4M3 codes.")
     for shard in component.shards:
         if "tensor_names" in shard.header.metadata:
@@ -188,21 +216,6 @@ def _refuse_others(component: Component, source: str, config: Any, tensors: Sequ
             raise ConvertError(f"{tensor.name} in {label} holds {tensor.dtype} codes, which cannot be imported.")
 
 
-def _config_problem(config: Any) -> str | None:
-    """Why a quantization_config is of no layout that is read, as a clause."""
-    if config is None:
-        return None
-    method = config.get("quant_method") if isinstance(config, dict) else None
-    if method not in _METHODS:
-        return f"has the quant_method {method!r:.80}"
-    algorithm = config.get("quant_algo", config.get("quant_type", "FP8"))
-    if method == "modelopt" and algorithm != "FP8":
-        return f"was quantised by ModelOpt to {algorithm!r:.80}"
-    if method == "compressed-tensors" and config.get("format") not in ("float-quantized", "naive-quantized"):
-        return f"has the compressed-tensors format {config.get('format')!r:.80}"
-    return None
-
-
 def _refuse_orphans(
     component: Component, dropped: set[str], codes: Sequence[str], layers: Mapping[str, str | None]
 ) -> None:
@@ -214,6 +227,32 @@ def _refuse_orphans(
             raise ConvertError(f"{name} of {component.label} scales no FP8 weight; download the file again.")
     if absent := sorted(layers.keys() - modules):
         raise ConvertError(f"{absent[0]} of {component.label} should be FP8 by the file's header, and is not.")
+
+
+def _refuse_bare(
+    component: Component,
+    config: Any,
+    scales: Mapping[str, GivenScale],
+    dropped: set[str],
+    layers: Mapping[str, str | None],
+) -> None:
+    """Codes without a scale are values only in a cast of everything: where anything is scaled, one was lost."""
+    bare = next((name for name, scale in scales.items() if scale.bare), None)
+    if bare is None:
+        return
+    ours = any(layout.METADATA_KEY in shard.header.metadata for shard in component.shards)
+    if config is not None:
+        why = "the config states a quantisation"
+    elif ours or layers:
+        why = "the file's header or its tensors name FP8 layers"
+    elif dropped:
+        why = f"{min(dropped)} is there"
+    else:
+        return
+    raise ConvertError(
+        f"{bare} of {component.label} holds FP8 codes without a scale, although {why}; a scale was lost: download or "
+        "make the file again."
+    )
 
 
 # What tools state beside the codes
@@ -242,7 +281,12 @@ def _comfy_mode(entry: Any, layer: str, where: str) -> str | None:
     found = entry.get("format") if isinstance(entry, dict) else None
     if found != "float8_e4m3fn":
         raise ConvertError(f"{layer} in {where} has ComfyUI's format {found!r:.80}, and float8_e4m3fn can be imported.")
-    return layout.STORAGE if entry.get("full_precision_matrix_mult") is True else None
+    full = entry.get(_FULL_PRECISION, False)
+    if unknown := next((key for key in entry if key not in ("format", _FULL_PRECISION)), None):
+        raise ConvertError(f"{layer} in {where} has {unknown!r:.80} in its ComfyUI entry, which cannot be imported.")
+    if not isinstance(full, bool):
+        raise ConvertError(f"{layer} in {where} has the {_FULL_PRECISION} {full!r:.80}, which is no true or false.")
+    return layout.STORAGE if full else None
 
 
 def _json(raw: bytes, what: str, where: str) -> dict[str, Any]:
@@ -253,27 +297,6 @@ def _json(raw: bytes, what: str, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConvertError(f"{what} of {where} is no JSON object; download the file again.")
     return value
-
-
-def _block_of(config: Any, component: Component) -> Block | None:
-    """Rows and columns of a scale's block, as the config states them in one place or the other."""
-    stated = [] if config is None else [config.get("weight_block_size"), *_block_structures(config)]
-    for value in stated:
-        if value is None:
-            continue
-        if isinstance(value, list) and len(value) == 2 and all(type(n) is int and n > 0 for n in value):
-            return value[0], value[1]
-        raise ConvertError(f"config.json of {component.label} states the block {value!r:.80}, which is none.")
-    return None
-
-
-def _block_structures(config: Mapping[str, Any]) -> Iterator[Any]:
-    """What compressed-tensors' groups say of blocks."""
-    groups = config.get("config_groups")
-    for group in groups.values() if isinstance(groups, dict) else ():
-        weights = group.get("weights") if isinstance(group, dict) else None
-        if isinstance(weights, dict):
-            yield weights.get("block_structure")
 
 
 def _label(
@@ -287,7 +310,7 @@ def _label(
     if any(layout.METADATA_KEY in shard.header.metadata for shard in component.shards):
         return "fp8-convert"
     if config is not None:
-        return _METHODS[config["quant_method"]]
+        return METHODS[config["quant_method"]]
     if layers:
         return "ComfyUI"
     if any(_is_marker(name) or name.endswith(".scale_weight") for name in dropped):
@@ -297,3 +320,18 @@ def _label(
     if any(scale.block for scale in scales.values()):
         return "scales of blocks"
     return "bare cast" if all(scale.bare for scale in scales.values()) else "scales of tensors"
+
+
+def _notes(config: Any, scales: Mapping[str, GivenScale], dropped: set[str]) -> Iterator[str]:
+    """What is not as a reader would expect."""
+    stated = config if isinstance(config, dict) else {}
+    if block_of(config, "") is None and (found := [name for name, scale in scales.items() if scale.block]):
+        yield f"no config states the size of blocks: 128x128 is assumed, for weights such as {found[0]}"
+    given = [scale.input_scale for scale in scales.values() if scale.input_scale is not None]
+    if stated.get("activation_scheme") == "static" and not given:
+        yield "its config states static activations, and the file has no input scales: they are dynamic"
+    modules = {_module(name) for name in scales}
+    unused = sorted(n for n in dropped for s in _INPUT_SCALES if n.endswith(s) and n.removesuffix(s) not in modules)
+    if unused:
+        more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+        yield f"{unused[0]}{more} left out: of layers that are not FP8"

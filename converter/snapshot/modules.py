@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from ..format.layout import WEIGHT
 from ..telling.errors import one_clause
 from .building import bounded, build_on_meta
+from .fitting import misfit
 from .naming import name_tensors, stays_float32
 from .snapshot import Component
 
@@ -23,23 +24,30 @@ class ModuleMap:
 
     `kinds` gives the torch class that counts (`Linear`, `Conv3d`, `Embedding`, …) or the module's own class name;
     `keep_fp32` the modules that the class keeps in float32; `tied` the linears, by the model's own names, whose weight
-    is another module's and stands in the checkpoint under its name alone; `problem` why there are none, if the class
-    cannot be built.
+    another module's and stands in the checkpoint under its name alone; `problem` why there are none, if the class
+    cannot be built; `misfit` how the tensors differ from the class's own, where that was asked.
     """
 
     kinds: Mapping[str, str]
     keep_fp32: frozenset[str] = frozenset()
     tied: frozenset[str] = frozenset()
     problem: str | None = None
+    misfit: str | None = None
 
 
-def module_map(component: Component) -> ModuleMap:
-    """Build the component's class on the meta device and map its checkpoint names to module kinds."""
+def module_map(component: Component, others: Collection[str] | None = None) -> ModuleMap:
+    """Build the component's class on the meta device and map its checkpoint names to module kinds.
+
+    others: the tensors that the class need not have, such as scales; where given, all others are held against it.
+    """
     keys = [t.name for t in component.tensors if t.name.endswith(WEIGHT)]
     try:
         with bounded(component):
             model = build_on_meta(component.library, component.class_name, component.config)
         names = _names(component, model, keys)
+        differs = None
+        if others is not None:
+            differs = misfit(model, component.class_name, (t for t in component.tensors if t.name not in others))
     except Exception as error:  # any class may fail on any config: its weights are then kept, and reported
         return ModuleMap({}, problem=f"{component.class_name or 'its class'} cannot be built ({one_clause(error)})")
     modules = dict(model.named_modules())
@@ -50,7 +58,7 @@ def module_map(component: Component) -> ModuleMap:
             kinds[key.removesuffix(WEIGHT)] = _kind(module)
             if stays_float32(model, names[key], torch.float16):  # whatever it is loaded in: files serve every dtype
                 keep_fp32.add(key.removesuffix(WEIGHT))
-    return ModuleMap(kinds, frozenset(keep_fp32), _tied_linears(modules, set(names.values())))
+    return ModuleMap(kinds, frozenset(keep_fp32), _tied_linears(modules, set(names.values())), misfit=differs)
 
 
 def _tied_linears(modules: Mapping[str, torch.nn.Module], stored: set[str]) -> frozenset[str]:

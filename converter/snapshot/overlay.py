@@ -9,10 +9,16 @@ from .files import LocalFiles
 
 
 class OverlayFiles(LocalFiles):
-    """The files of `base`, and over them those of `others`, by the path that they take in the snapshot."""
+    """The files of `base`, and over them those of `others`, by the path that they take in the snapshot.
 
-    def __init__(self, base: LocalFiles, others: Mapping[str, Path], label: str) -> None:
+    digests: of the others.
+    """
+
+    def __init__(
+        self, base: LocalFiles, others: Mapping[str, Path], label: str, digests: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(base.root)
+        self.digests = {**{p: d for p, d in base.digests.items() if p not in others}, **(digests or {})}
         self.label = label
         self._others = dict(others)
 

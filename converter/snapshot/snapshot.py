@@ -28,7 +28,7 @@ class Shard(Brief):
     path: str
     size: int
     header: Header
-    sha256: str | None = None  # what the Hub says of it
+    sha256: str | None = None  # what the Hub, or the record of a finished snapshot, says of it
     renamed: bool = False
 
 

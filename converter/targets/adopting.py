@@ -27,13 +27,14 @@ class Adopted(Brief):
     """A component whose FP8 tensors another tool made, under the names of its class.
 
     component: with shards whose headers have these names. scales: by the codes' names. dropped: why a tensor, which
-    keeps its name, is left out.
+    keeps its name, is left out. notes: what else the user should know, as clauses.
     """
 
     component: Component
     label: str
     scales: Mapping[str, GivenScale]
     dropped: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def adopt(foreign: Foreign, source: Component, base: Component, shapes: Shapes) 
         metadata = {k: v for k, v in shard.header.metadata.items() if k not in _FORMAT_KEYS}
         header = replace(shard.header, tensors=tuple(tensors), metadata=metadata)
         shards.append(replace(shard, header=header, renamed=True))
-    return Adopted(replace(base, shards=tuple(shards), index=None), foreign.label, scales, dropped)
+    component = replace(base, shards=tuple(shards), index=None)
+    return Adopted(component, foreign.label, scales, dropped, foreign.notes)
 
 
 def name_as(base: Component, given: Shapes, shapes: Shapes) -> _Names:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import foreign
+import loras
 import pytest
 import runs
 import torch
 from click.testing import CliRunner
 from foreign import WRITERS, Checkpoint, as_file, as_folder, linears
 from hub_server import running_hub
-from pipelines import saved
+from pipelines import copied, saved
 from reference import read_safetensors
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -318,6 +320,8 @@ def test_tensors_that_cannot_be_imported(tmp_path: Path, name: str, tensor: torc
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quantised by ModelOpt to 'NVFP4'"),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "format 'pack-quantized'"),
         ({}, "has the quant_method None"),
+        ({"quant_method": ["fp8"]}, r"has the quant_method \['fp8'\]"),
+        ({"quant_method": {"a": 1}}, "has the quant_method {'a': 1}"),
         ({"quant_method": "fp8", "weight_block_size": [0, 1]}, r"states the block \[0, 1\]"),
     ],
 )
@@ -355,6 +359,156 @@ def test_scales_of_a_layout_that_is_not_known(tmp_path: Path, name: str) -> None
         import_checkpoint(as_folder(made, tmp_path / "source"), tmp_path / "out")
 
 
+@pytest.mark.parametrize("layout", [name for name in WRITERS if name != "bare cast"])
+def test_a_scale_that_was_lost(tmp_path: Path, layout: str) -> None:
+    """Its codes are no values, and would load as garbage."""
+    plain = weights()
+    made = WRITERS[layout](plain, linears(plain))
+    for suffix in ("weight_scale", "scale_weight", "weight_scale_inv"):
+        made.tensors.pop(f"{Q}.{suffix}", None)
+    with pytest.raises(ConvertError, match=rf"{Q}\.weight of transformer holds FP8 codes without a scale, although"):
+        import_checkpoint(as_folder(made, tmp_path / "source"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ({"config": {"quant_method": "fp8"}}, "although the config states a quantisation"),
+        ({"marker": torch.zeros(0, dtype=foreign.E4M3)}, "although scaled_fp8 is there"),
+        ({"layers": {Q: {"format": "float8_e4m3fn"}}}, "although the file's header or its tensors name FP8 layers"),
+    ],
+)
+def test_all_scales_were_lost(tmp_path: Path, statement: dict[str, Any], message: str) -> None:
+    made = foreign.bare(weights(), ())
+    made.config = statement.get("config")
+    if "marker" in statement:
+        made.tensors["scaled_fp8"] = statement["marker"]
+    if "layers" in statement:
+        made.metadata["_quantization_metadata"] = json.dumps({"layers": statement["layers"]})
+    with pytest.raises(ConvertError, match=message):
+        import_checkpoint(as_folder(made, tmp_path / "source"), tmp_path / "out")
+
+
+def test_a_marker_of_two_elements_asks_for_full_precision(tmp_path: Path) -> None:
+    plain = weights()
+    made = foreign.comfyui_scaled(plain, linears(plain))
+    made.tensors["scaled_fp8"] = torch.zeros(2, dtype=foreign.E4M3)
+    import_checkpoint(as_folder(made, tmp_path / "source"), tmp_path / "out")
+    assert component_of(tmp_path / "out")["fp8_modules"] == {"w8a8": 0, "storage": len(linears(plain))}
+
+
+@pytest.mark.parametrize("marker", [torch.zeros(2), torch.zeros(3, dtype=foreign.E4M3)])
+def test_a_marker_that_is_not_known(tmp_path: Path, marker: torch.Tensor) -> None:
+    plain = weights()
+    made = foreign.comfyui_scaled(plain, linears(plain))
+    made.tensors["scaled_fp8"] = marker
+    with pytest.raises(ConvertError, match=r"scaled_fp8 in .* is no marker of a layout that is known"):
+        import_checkpoint(as_folder(made, tmp_path / "source"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("convrot", True, f"{Q} in .* has 'convrot' in its ComfyUI entry"),
+        ("full_precision_matrix_mult", 1, "full_precision_matrix_mult 1, which is no true or false"),
+    ],
+)
+def test_layers_with_more_than_a_format(tmp_path: Path, key: str, value: Any, message: str) -> None:
+    plain = weights()
+    made = foreign.comfyui(plain, linears(plain))
+    statement = json.loads(made.metadata["_quantization_metadata"])
+    statement["layers"][Q] = {"format": "float8_e4m3fn", key: value}
+    made.metadata["_quantization_metadata"] = json.dumps(statement)
+    with pytest.raises(ConvertError, match=message):
+        import_checkpoint(as_folder(made, tmp_path / "source"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"transform_config": {"config_groups": {"u": {"type": "hadamard"}}}}, "has a transform_config"),
+        ({"config_groups": {"a": {"weights": {"num_bits": 8, "type": "int"}}}}, "'a' in config_groups, whose weights"),
+        (
+            {
+                "config_groups": {
+                    name: {"weights": {"num_bits": 8, "type": "float", "block_structure": [side, side]}}
+                    for name, side in (("a", 128), ("b", 130))
+                }
+            },
+            "'b' in config_groups, whose weights are quantised otherwise",
+        ),
+    ],
+)
+def test_compressed_tensors_that_cannot_be_imported(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    plain = weights()
+    made = foreign.compressed_tensor(plain, linears(plain))
+    made.config = (made.config or {}) | change
+    with pytest.raises(ConvertError, match=message):
+        import_checkpoint(as_folder(made, tmp_path / "source"), tmp_path / "out")
+
+
+def test_what_is_assumed_or_left_out_is_said(tmp_path: Path) -> None:
+    plain = weights()
+    made = foreign.blocks(plain, linears(plain))
+    file = as_file(made, tmp_path / "z.safetensors")
+    notes = plan_import_checkpoint(file, base=saved("z_image")).notes
+    assert any("no config states the size of blocks: 128x128 is assumed" in note for note in notes)
+    made = foreign.channel(plain, linears(plain))
+    made.config = {"quant_method": "compressed-tensors", "format": "float-quantized", "activation_scheme": "static"}
+    made.tensors["t_embedder.mlp.0.input_scale"] = torch.tensor(2.0)
+    notes = plan_import_checkpoint(as_folder(made, tmp_path / "source")).notes
+    assert any("states static activations, and the file has no input scales" in note for note in notes)
+    assert any("t_embedder.mlp.0.input_scale left out: of layers that are not FP8" in note for note in notes)
+
+
+def test_two_input_scales_that_differ(tmp_path: Path) -> None:
+    plain = weights()
+    made = foreign.modelopt(plain, linears(plain))
+    made.tensors[f"{Q}.scale_input"] = torch.tensor(9.0)
+    with pytest.raises(ConvertError, match=rf"{Q}\.input_scale and {Q}\.scale_input differ"):
+        import_checkpoint(as_folder(made, tmp_path / "source"), tmp_path / "out")
+
+
+NORM = "layers.0.attention_norm1.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        (f"{Q}.smooth_factor", torch.ones(4), "is no tensor of ZImageTransformer2DModel"),
+        (f"{Q}_scale", torch.ones(1), "is no tensor of ZImageTransformer2DModel"),
+        (f"{NORM}_lora", torch.ones(1), "is no tensor of ZImageTransformer2DModel"),
+        ("layers.0.adaLN_modulation.0.bias_scale", torch.ones(1), "is no tensor of ZImageTransformer2DModel"),
+        (NORM, torch.ones(3).bfloat16(), r"has the shape \[3\], and ZImageTransformer2DModel wants \[256\]"),
+        (f"{Q}.weight", torch.zeros(256, 128).to(foreign.E4M3), r"has the shape \[256, 128\], and"),
+        (NORM, None, "of ZImageTransformer2DModel is missing"),
+    ],
+)
+def test_a_folder_does_not_fit_its_class(tmp_path: Path, name: str, tensor: torch.Tensor | None, message: str) -> None:
+    plain = weights()
+    made = foreign.comfyui(plain, linears(plain))
+    made.tensors[name] = tensor if tensor is not None else made.tensors[name]
+    if tensor is None:
+        del made.tensors[name]
+    with pytest.raises(ConvertError, match=f"transformer cannot be imported: {name} {message}"):
+        import_checkpoint(as_folder(made, tmp_path / "source"), tmp_path / "out")
+
+
+def test_a_text_encoder_with_a_head(tmp_path: Path) -> None:
+    """Its class does without the head; what stands beside a layer's weights is no head."""
+    plain = weights("z_image", "text_encoder", "model.safetensors")
+    layers = [n.removesuffix(".weight") for n, t in plain.items() if t.ndim == 2 and n.startswith("layers.")]
+    made = foreign.channel(plain, layers)
+    made.tensors["lm_head.weight"] = torch.ones(4, 4)
+    source = copied(saved("z_image"), tmp_path / "source")
+    as_file(made, source / "text_encoder" / "model.safetensors")
+    plan_import_checkpoint(source)
+    made.tensors[f"{layers[0]}.wscales"] = torch.ones(4)
+    as_file(made, source / "text_encoder" / "model.safetensors")
+    with pytest.raises(ConvertError, match=rf"{layers[0]}\.wscales is no tensor of Qwen3Model"):
+        plan_import_checkpoint(source)
+
+
 def test_checkpoints_that_do_not_fit_the_base(tmp_path: Path) -> None:
     plain = weights()
     made = foreign.comfyui(plain, linears(plain))
@@ -378,9 +532,12 @@ def test_checkpoints_that_do_not_fit_the_base(tmp_path: Path) -> None:
 
 def test_sources_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "model.pt").write_bytes(b"PK")
+    os.mkfifo(tmp_path / "fifo.safetensors")
     for source, message in (
         (tmp_path / "model.pt", r"model\.pt is no safetensors file, and nothing else is imported"),
         (tmp_path / "nothing", "does not exist"),
+        (tmp_path / "fifo.safetensors", "is a FIFO instead of a file"),
+        (Path("/dev/zero"), "is a device instead of a file"),
     ):
         with pytest.raises(ConvertError, match=message):
             import_checkpoint(source, tmp_path / "out", base=saved("z_image"))
@@ -392,6 +549,67 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
     save_file({"a._weight_qdata": torch.ones(2)}, tmp_path / "ao.safetensors", {"tensor_names": '["a.weight"]'})
     with pytest.raises(ConvertError, match="flattened torchao tensors"):
         import_checkpoint(tmp_path / "ao.safetensors", tmp_path / "out", base=saved("z_image"))
+
+
+def poked(file: Path) -> None:
+    """Change one bit of a file; of a code, its sign."""
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 0x80
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("text_encoder/model.safetensors", r"text_encoder/model\.safetensors has another sha256 than the record"),
+        ("vae/" + SHARD, "has another sha256 than the record"),
+        ("vae/config.json", r"vae/config\.json of .* has another sha256 than the record says"),
+        (RECORD, r"fp8_convert\.json of .* is damaged"),
+        (DIT, None),  # is replaced
+    ],
+)
+def test_a_damaged_base_is_not_passed_on(tmp_path: Path, path: str, message: str | None) -> None:
+    plain = weights()
+    file = as_file(foreign.comfyui(plain, linears(plain)), tmp_path / "z.safetensors")
+    convert(saved("z_image"), tmp_path / "base")
+    poked(tmp_path / "base" / path)
+    if message is None:
+        import_checkpoint(file, tmp_path / "out", base=tmp_path / "base")
+        return
+    with pytest.raises(ConvertError, match=message):
+        import_checkpoint(file, tmp_path / "out", base=tmp_path / "base")
+    assert not (tmp_path / "out" / RECORD).exists()
+
+
+def test_a_damaged_source_of_this_projects_own(tmp_path: Path) -> None:
+    convert(saved("z_image"), tmp_path / "comfyui", target="comfyui")
+    [file] = (tmp_path / "comfyui" / "diffusion_models").iterdir()
+    import_checkpoint(tmp_path / "comfyui", tmp_path / "whole", base=saved("z_image"))
+    poked(file)
+    with pytest.raises(ConvertError, match=rf"{file.name} has another sha256 than the record"):
+        import_checkpoint(tmp_path / "comfyui", tmp_path / "out", base=saved("z_image"))
+    with pytest.raises(ConvertError, match=rf"{file.name} has another sha256 than .*fp8_convert\.json says"):
+        import_checkpoint(file, tmp_path / "out", base=saved("z_image"))
+
+
+def test_the_loras_of_a_base_stay_in_the_record(tmp_path: Path) -> None:
+    plain = weights()
+    file = as_file(foreign.comfyui(plain, linears(plain)), tmp_path / "z.safetensors")
+    module = "layers.0.self_attn.q_proj"
+    shape = weights("z_image", "text_encoder", "model.safetensors")[f"{module}.weight"].shape
+    lora = loras.write(
+        tmp_path / "l.safetensors", loras.prefixed("text_encoder.", loras.pairs({module: (shape[0], shape[1])}))
+    )
+    convert(saved("z_image"), tmp_path / "base", merge_lora=[str(lora)])
+    for number in range(2):  # what is imported over an import, too
+        import_checkpoint(file, tmp_path / f"out{number}", base=tmp_path / ("base", "out0")[number])
+        before, after = (
+            json.loads((tmp_path / folder / RECORD).read_text())["recipe"]["merged_loras"]
+            for folder in ("base", f"out{number}")
+        )
+        assert len(before) == 1
+        assert before == after
+        assert verify(tmp_path / f"out{number}").ok
 
 
 def test_an_import_is_not_compared_with_a_source(tmp_path: Path) -> None:
