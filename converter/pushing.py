@@ -219,7 +219,7 @@ def _source_data(root: Path, record: Record) -> tuple[dict[str, Any], tuple[str,
     if not {"license", "license_name"} & data.keys() and not licence_files(record):
         notes.append("the source states no licence, and so the card states none; add it on the Hub if you know it")
     if record.source.repo is None:
-        notes.append(
-            "the snapshot was made from a folder, so the card names no base model; add `base_model` on the Hub"
-        )
+        imported = any(component.imported for component in record.components.values())
+        how = "its FP8 weights were imported" if imported else "the snapshot was made from a folder"
+        notes.append(f"{how}, so the card names no base model; add `base_model` on the Hub")
     return data, tuple(notes)

@@ -174,6 +174,40 @@ def test_it_claims_no_quality(record: Record) -> None:
     assert "Nothing was measured on this snapshot" in card(record)
 
 
+def imported(record: Record, **recipe: Any) -> Record:
+    """A record as an import onto a Hub repository leaves it."""
+    component = replace(record.components["transformer"], imported="ComfyUI")
+    source = RecordedSource(
+        repo=None, commit=None, pipeline="QwenImagePipeline", base_repo="Qwen/Qwen-Image", base_commit=COMMIT
+    )
+    return replace(
+        record,
+        source=source,
+        recipe=replace(record.recipe, **recipe),
+        components={**record.components, "transformer": component},
+    )
+
+
+def test_an_import_claims_nothing_of_how_it_was_quantised(record: Record) -> None:
+    text = card(imported(record))
+    assert "FP8 weights that were quantised before: `transformer` from the layout ComfyUI. Imported by" in text
+    assert "codes and scales as they were; how they were made the record does not tell." in text
+    assert f"all other components are those of [Qwen/Qwen-Image]({HUB}/Qwen/Qwen-Image) at commit [`" in text
+    assert "without training or calibration" not in text
+    assert "--source" not in text
+    assert "fp8-convert SOURCE" not in text
+    assert "The licence is the source's" not in text
+    assert "The licence that came with its configs: [LICENSE.md](LICENSE.md). The FP8 weights may have" in text
+    assert "the source's card]" not in text
+    assert not {"base_model", "base_model_relation"} & head(text).keys()
+
+
+def test_static_activations_of_an_import_are_said(record: Record) -> None:
+    said = "Activation scales are static, and came with the weights."
+    assert said in card(imported(record, activation_scheme="static"))
+    assert said not in card(imported(record))
+
+
 def test_merged_loras_are_said_before_anything_else(record: Record) -> None:
     recipe = {f.name: getattr(record.recipe, f.name) for f in fields(record.recipe)}
     merged = replace(record, recipe=Recipe(**{**recipe, "merged_loras": ({"sha256": "abc", "scale": 0.8},)}))
