@@ -80,9 +80,16 @@ def front_matter(card: str) -> dict[str, Any]:
         data = yaml.safe_load(head[0].strip().strip("-"))
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     if not isinstance(data, dict | None):
         raise ValueError("it is no map")
     return {str(key): value for key, value in (data or {}).items()}
+
+
+def carried(source_data: Mapping[str, Any]) -> dict[str, Any]:
+    """What is taken from the YAML of the source's card: texts and lists of texts, and nothing else."""
+    return {key: source_data[key] for key in _CARRIED if _is_plain(source_data.get(key))}
 
 
 def licence_files(record: Record) -> list[str]:
@@ -93,7 +100,7 @@ def licence_files(record: Record) -> list[str]:
 def _metadata(record: Record, source_data: Mapping[str, Any]) -> dict[str, Any]:
     """The YAML at the card's head."""
     source, target = record.source, _target(record)
-    data: dict[str, Any] = {key: source_data[key] for key in _CARRIED if _is_plain(source_data.get(key))}
+    data = carried(source_data)
     if (link := data.get("license_link")) and source.repo and _is_relative(link) and link not in record.files:
         data["license_link"] = f"{_HUB}/{source.repo}/blob/{source.commit or 'main'}/{link}"
     if source.repo is not None:
@@ -160,7 +167,7 @@ def _licence(record: Record, data: Mapping[str, Any]) -> str:
     files = ", ".join(f"[{_text(path)}]({quote(path)})" for path in licence_files(record))
     name = data.get("license_name") or data.get("license")
     if name is None and not files:
-        return "The source states no licence; ask those who made it before you use this."
+        return "No licence is known here; ask those who made the source before you use this."
     stated = files if name is None else f"`{_code(str(name))}`{f' ({files})' if files else ''}"
     if _imported(record):
         return f"The licence that came with its configs: {stated}. The FP8 weights may have one of their own."

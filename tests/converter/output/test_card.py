@@ -139,7 +139,7 @@ def test_a_source_without_card_and_licence(record: Record) -> None:
     files = {path: file for path, file in record.files.items() if path not in ("README.md", "LICENSE.md")}
     text = card(replace(record, files=files))
     assert "README.source.md" not in text
-    assert "The source states no licence; ask those who made it" in text
+    assert "No licence is known here; ask those who made the source" in text
 
 
 def test_every_size_and_decision_is_in_it(record: Record) -> None:
@@ -311,7 +311,7 @@ def test_front_matter(text: str, data: dict[str, Any]) -> None:
     assert front_matter(text) == data
 
 
-@pytest.mark.parametrize("text", ["---\n- a\n---\n", "---\na: [\n---\n", "---\na: !!python/object:os.system x\n---\n"])
-def test_a_head_that_is_no_map(text: str) -> None:
+@pytest.mark.parametrize("head", ["- a", "a: [", "a: !!python/object:os.system x", "a: " + "[" * 5000])
+def test_a_head_that_is_no_map(head: str) -> None:
     with pytest.raises(ValueError, match=r"."):
-        front_matter(text)
+        front_matter(f"---\n{head}\n---\n")
