@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .checks.digests import check_but_shards
 from .format.layout import RECORD_FILE, STAGING
 from .format.record import Record
 from .output.journal import Done
@@ -83,7 +84,7 @@ def dequantize(
     if dtype not in PLAIN_DTYPES:
         raise SettingsError(f"The dtype {dtype!r:.80} is unknown; use {' or '.join(PLAIN_DTYPES)}.")
     files, plan, record = _planned(root, dtype)
-    _check_output(root, folder)
+    _check_output(root, folder, plan)
     for note in plan.notes:
         progress.say(f"note: {note}")
     with open_target(folder, plan.paths, force=False) as target:
@@ -108,15 +109,28 @@ def _planned(root: Path, dtype: str) -> tuple[LocalFiles, PlainPlan, Record | No
     record = load_record(root)
     if record is not None and (problem := check_record(root)):
         raise ConvertError(f"{root / RECORD_FILE} {problem}; `fp8-convert verify` tells more.")
+    if record is not None and (found := next(check_but_shards(root, record), None)) is not None:
+        raise ConvertError(
+            f"{found.path} in {root} {found.problem}; `fp8-convert verify` tells more: convert or download it again."
+        )
     files = LocalFiles(root)
     return files, plan_plain(describe(files, allow_converted=True), record, dtype), record
 
 
-def _check_output(root: Path, folder: Path) -> None:
+def _check_output(root: Path, folder: Path, plan: PlainPlan) -> None:
     if folder.resolve().is_relative_to(root.resolve()):
         raise ConvertError(f"{folder} is the source or is inside it; choose another folder for the output.")
     if (folder / RECORD_FILE).exists():
         raise ConvertError(f"{folder} holds an FP8 snapshot; choose another folder for the output.")
+    if not (folder / STAGING).exists() and all(_has_size(folder / path, size) for path, size in plan.sizes.items()):
+        # The result has no record, so that nothing tells whether its bytes are those of this source.
+        raise ConvertError(
+            f"{folder} has every file of this result already, in its size; use it as it is, or remove it and run again."
+        )
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def _key(plan: PlainPlan, record: Record | None) -> str:

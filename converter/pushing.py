@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .checks.digests import place
 from .format import layout
 from .format.record import Record
-from .output.card import MAX_CARD_BYTES, front_matter, licence_files, model_card
+from .output.card import MAX_CARD_BYTES, carried, front_matter, licence_files, model_card
 from .output.record import check_record, load_record
 from .output.writing import sha256_at
 from .snapshot.access import HubAccess
@@ -216,10 +216,14 @@ def _source_data(root: Path, record: Record) -> tuple[dict[str, Any], tuple[str,
             notes.append(
                 f"the head of the source's card cannot be read ({one_clause(error)}), so nothing is taken from it"
             )
-    if not {"license", "license_name"} & data.keys() and not licence_files(record):
-        notes.append("the source states no licence, and so the card states none; add it on the Hub if you know it")
+    taken = carried(data)
+    for key in ("license", "license_name"):
+        if data.get(key) is not None and key not in taken:
+            notes.append(f"{key} of the source's card is {data[key]!r:.80}, which is no name and is not taken over")
+    if not {"license", "license_name"} & taken.keys() and not licence_files(record):
+        notes.append("no licence was found in the source, so the card states none; add it on the Hub if you know it")
     if record.source.repo is None:
-        notes.append(
-            "the snapshot was made from a folder, so the card names no base model; add `base_model` on the Hub"
-        )
+        imported = any(component.imported for component in record.components.values())
+        how = "its FP8 weights were imported" if imported else "the snapshot was made from a folder"
+        notes.append(f"{how}, so the card names no base model; add `base_model` on the Hub")
     return data, tuple(notes)

@@ -80,9 +80,16 @@ def front_matter(card: str) -> dict[str, Any]:
         data = yaml.safe_load(head[0].strip().strip("-"))
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     if not isinstance(data, dict | None):
         raise ValueError("it is no map")
     return {str(key): value for key, value in (data or {}).items()}
+
+
+def carried(source_data: Mapping[str, Any]) -> dict[str, Any]:
+    """What is taken from the YAML of the source's card: texts and lists of texts, and nothing else."""
+    return {key: source_data[key] for key in _CARRIED if _is_plain(source_data.get(key))}
 
 
 def licence_files(record: Record) -> list[str]:
@@ -93,7 +100,7 @@ def licence_files(record: Record) -> list[str]:
 def _metadata(record: Record, source_data: Mapping[str, Any]) -> dict[str, Any]:
     """The YAML at the card's head."""
     source, target = record.source, _target(record)
-    data: dict[str, Any] = {key: source_data[key] for key in _CARRIED if _is_plain(source_data.get(key))}
+    data = carried(source_data)
     if (link := data.get("license_link")) and source.repo and _is_relative(link) and link not in record.files:
         data["license_link"] = f"{_HUB}/{source.repo}/blob/{source.commit or 'main'}/{link}"
     if source.repo is not None:
@@ -105,40 +112,66 @@ def _metadata(record: Record, source_data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _origin(record: Record, data: Mapping[str, Any]) -> str:
-    before, after = _totals(record)
-    calibrated = record.recipe.input_scales_sha256 is not None
-    scales = "with calibrated activation scales" if calibrated else "without training or calibration"
-    manifest = _code(record.recipe.manifest)
-    lines = [
-        f"Weights of {_made_from(record)}, as `float8_e4m3fn` where the manifest `{manifest}` says so: "
-        f"{change(before, after)}. Converted by fp8-convert {_text(record.tool_version)}, {scales}."
-    ]
+    imported = _imported(record)
+    lines = [_how_imported(record, imported) if imported else _how_converted(record)]
     if loras := as_json(record.recipe).get("merged_loras"):
         lines.append(f"Before, {plural(len(loras), 'LoRA')} went into them, which the recipe below names by digest.")
     if layout.CARD in record.files:
-        lines.append(f"What the model is and who made it: [the source's card]({layout.SOURCE_CARD}).")
+        whose = "the card that came with its configs" if imported else "the source's card"
+        lines.append(f"What the model is and who made it: [{whose}]({layout.SOURCE_CARD}).")
     lines.append(_licence(record, data))
     return "\n".join(lines)
 
 
-def _made_from(record: Record) -> str:
+def _how_converted(record: Record) -> str:
     source = record.source
-    if source.repo is None:
-        return f"a folder with {_text(_name(record))}"
-    link = f"[{_text(source.repo)}]({_HUB}/{source.repo})"
-    if source.commit is None:
-        return link
-    return f"{link} at commit [`{_code(source.commit[:12])}`]({_HUB}/{source.repo}/tree/{source.commit})"
+    made_from = f"a folder with {_text(_name(record))}" if source.repo is None else _link(source.repo, source.commit)
+    before, after = _totals(record)
+    calibrated = record.recipe.input_scales_sha256 is not None
+    scales = "with calibrated activation scales" if calibrated else "without training or calibration"
+    return (
+        f"Weights of {made_from}, as `float8_e4m3fn` where the manifest `{_code(record.recipe.manifest)}` says so: "
+        f"{change(before, after)}. Converted by fp8-convert {_text(record.tool_version)}, {scales}."
+    )
+
+
+def _how_imported(record: Record, imported: Mapping[str, str]) -> str:
+    """Of codes that were there before: how they were made, and with what care, nobody but their maker knows."""
+    parts = [
+        f"`{_code(_label(name, record.components[name]))}` from the layout {_text(found)}"
+        for name, found in imported.items()
+    ]
+    lines = [
+        f"FP8 weights that were quantised before: {', '.join(parts)}. Imported by fp8-convert "
+        f"{_text(record.tool_version)}, codes and scales as they were; how they were made the record does not tell.",
+        f"The manifest `{_code(record.recipe.manifest)}` says which of them run in FP8.",
+    ]
+    if record.recipe.activation_scheme == "static":
+        lines.append("Activation scales are static, and came with the weights.")
+    if (base := record.source.base_repo) is not None:
+        lines.append(f"Configs and all other components are those of {_link(base, record.source.base_commit)}.")
+    return "\n".join(lines)
+
+
+def _imported(record: Record) -> dict[str, str]:
+    """The layouts of components that were imported; of a snapshot that was imported, all that have FP8 weights."""
+    return {name: component.imported for name, component in record.components.items() if component.imported}
+
+
+def _link(repo: str, commit: str | None) -> str:
+    link = f"[{_text(repo)}]({_HUB}/{repo})"
+    return link if commit is None else f"{link} at commit [`{_code(commit[:12])}`]({_HUB}/{repo}/tree/{commit})"
 
 
 def _licence(record: Record, data: Mapping[str, Any]) -> str:
     files = ", ".join(f"[{_text(path)}]({quote(path)})" for path in licence_files(record))
     name = data.get("license_name") or data.get("license")
     if name is None and not files:
-        return "The source states no licence; ask those who made it before you use this."
-    if name is None:
-        return f"The licence is the source's: {files}."
-    return f"The licence is the source's: `{_code(str(name))}`{f' ({files})' if files else ''}."
+        return "No licence is known here; ask those who made the source before you use this."
+    stated = files if name is None else f"`{_code(str(name))}`{f' ({files})' if files else ''}"
+    if _imported(record):
+        return f"The licence that came with its configs: {stated}. The FP8 weights may have one of their own."
+    return f"The licence is the source's: {stated}."
 
 
 def _sizes(record: Record) -> str:
@@ -171,10 +204,11 @@ def _readers(record: Record, repo: str) -> str:
         if encoders := [name for name, component in record.components.items() if _transformers_reads(name, component)]:
             folders = ", ".join(f"`{_code(name)}`" for name in encoders)
             parts.append(f"Stock transformers reads {folders} (`subfolder=`) by itself; on a CPU it becomes BF16.")
-        again = record.source.repo or "SOURCE"
+        again = "UNQUANTISED" if _imported(record) else record.source.repo or "SOURCE"
+        weights = ", from the model's own weights or from what `fp8-convert dequantize` gives" * bool(_imported(record))
         parts.append(
             "Not for vLLM-Omni, SGLang or ComfyUI: each of them needs a snapshot of its own, which "
-            f"`fp8-convert {again} --target NAME -o OUT` makes."
+            f"`fp8-convert {again} --target NAME -o OUT` makes{weights}."
         )
     return "\n\n".join(parts)
 
@@ -189,7 +223,8 @@ def _files(record: Record) -> str:
 
 
 def _decisions(record: Record) -> Iterator[str]:
-    yield "## What is FP8, and why\n\nWhat was kept has the source's dtype."
+    but = ", but for what was FP8 and became BF16" if _imported(record) else ""
+    yield f"## What is FP8, and why\n\nWhat was kept has the source's dtype{but}."
     for name, component in record.components.items():
         table = [["", "kind", "tensors", "parameters", "bytes", "rule", "why"]]
         table += [_row(decision) for decision in component.decisions]
@@ -208,11 +243,15 @@ def _row(decision: RecordedDecision) -> list[str]:
 def _recipe(record: Record) -> str:
     table = [["setting", "value"]]
     table += [[f"`{key}`", f"`{_code(_value(value))}`"] for key, value in as_json(record.recipe).items()]
+    source = (
+        "there is no comparison of an import with its source"
+        if _imported(record)
+        else "`--source` compares every code and scale with the source"
+    )
     return (
         f"## How it was made\n\n{_table(table)}\n\n"
         f"`{layout.RECORD_FILE}` has the digest of every file of the source and of this snapshot; `fp8-convert verify` "
-        f"checks a download against it, and `--source` compares every code and scale with the source. The record's own "
-        f"digest is `{record.record_sha256}`."
+        f"checks a download against it, and {source}. The record's own digest is `{record.record_sha256}`."
     )
 
 

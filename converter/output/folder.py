@@ -51,7 +51,9 @@ def refuse_foreign(folder: Path) -> None:
             "folder, or choose another folder."
         )
     if RECORD_FILE not in present and not (folder / STAGING).exists():
-        raise ConvertError(f"{folder} exists and is not an output of fp8-convert; choose another folder or remove it.")
+        raise ConvertError(
+            f"{folder} exists, and no record there says that it is fp8-convert's; choose another folder or remove it."
+        )
     more = f" and {len(foreign) - 1} other files" if len(foreign) > 1 else ""
     raise ConvertError(
         f"{folder} holds {foreign[0]}{more}, which fp8-convert did not write there; move what you need away, or choose "

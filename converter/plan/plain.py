@@ -66,8 +66,14 @@ class PlainPlan(Brief):
         return sum(len(shard.formats) for shard in self.shards)
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every output file, by path."""
+        shards = {shard.source.path: shard.size for shard in self.shards}
+        return {**shards, **{path: len(data) for path, data in self.files.items()}, **self.sidecars}
+
+    @property
     def paths(self) -> tuple[str, ...]:
-        return (*(shard.source.path for shard in self.shards), *self.files, *self.sidecars)
+        return tuple(self.sizes)
 
     @property
     def bytes_before(self) -> int:
@@ -79,7 +85,7 @@ class PlainPlan(Brief):
 
     @property
     def bytes_to_write(self) -> int:
-        return self.bytes_after + sum(map(len, self.files.values())) + sum(self.sidecars.values())
+        return sum(self.sizes.values())
 
 
 def plan_plain(snapshot: Snapshot, record: Record | None, dtype: str) -> PlainPlan:
@@ -104,7 +110,8 @@ def plan_plain(snapshot: Snapshot, record: Record | None, dtype: str) -> PlainPl
         raise ConvertError(f"{snapshot.label} has no FP8 weights; give a snapshot that fp8-convert made.")
     left_out = {*files, layout.RECORD_FILE}
     sidecars = {path: size for path, size in snapshot.sidecars.items() if path not in left_out}
-    return PlainPlan(snapshot, dtype, tuple(shards), files, sidecars, tuple(_notes(record, PLAIN_DTYPES[dtype])))
+    notes = (*_notes(record, PLAIN_DTYPES[dtype]), *_unlisted(record, sidecars))
+    return PlainPlan(snapshot, dtype, tuple(shards), files, sidecars, notes)
 
 
 def _formats(component: Component) -> Mapping[str, WeightFormat]:
@@ -170,3 +177,9 @@ def _notes(record: Record | None, dtype: str) -> list[str]:
         f"in {dtype} {'its' if count == 1 else 'their'} scale may come out otherwise if the result is converted again"
         for source, count in sorted(others.items())
     ]
+
+
+def _unlisted(record: Record | None, sidecars: Iterable[str]) -> Iterator[str]:
+    """Files that the record has no digest of; the card that a push wrote is none of the model's."""
+    listed = {layout.CARD, layout.SOURCE_CARD, *(record.files if record is not None else sidecars)}
+    yield from (f"{path} is not in the record, and is copied as it is" for path in sidecars if path not in listed)

@@ -218,6 +218,31 @@ def test_damage_is_found_while_it_is_read(tmp_path: Path) -> None:
     assert not (tmp_path / "back").exists()
 
 
+@pytest.mark.parametrize("path", ["scheduler/scheduler_config.json", "tokenizer/tokenizer.json", "model_index.json"])
+def test_small_files_are_compared_with_the_record_too(tmp_path: Path, path: str) -> None:
+    fp8 = _converted(tmp_path)
+    before = (fp8 / path).read_bytes()
+    (fp8 / path).write_bytes(b" " + before)
+    with pytest.raises(ConvertError, match=rf"{path} in .* has {len(before) + 1} bytes instead of"):
+        dequantize(fp8, tmp_path / "back")
+    (fp8 / path).write_bytes(before[:-1] + b" ")
+    with pytest.raises(ConvertError, match=rf"{path} in .* has another sha256 than the record says"):
+        dequantize(fp8, tmp_path / "back")
+    (fp8 / path).unlink()
+    with pytest.raises(ConvertError, match=rf"{path} in .* is missing"):
+        dequantize(fp8, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_file_that_the_record_does_not_list_is_said(tmp_path: Path) -> None:
+    fp8 = _converted(tmp_path)
+    (fp8 / "tokenizer" / "added.json").write_text("{}")
+    assert dequantize(fp8, tmp_path / "back").notes == (
+        "tokenizer/added.json is not in the record, and is copied as it is",
+    )
+    assert (tmp_path / "back" / "tokenizer" / "added.json").read_text() == "{}"
+
+
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), -1.0])
 def test_a_scale_that_is_none(tmp_path: Path, value: float) -> None:
     moved = copied(_converted(tmp_path) / "transformer", tmp_path / "moved")
@@ -270,9 +295,12 @@ def test_outputs_that_are_not_to_be_written(tmp_path: Path) -> None:
     assert verify(other).ok
     dequantize(fp8, tmp_path / "back")
     before = files(tmp_path / "back")
-    with pytest.raises(ConvertError, match="choose another folder or remove it"):
+    with pytest.raises(ConvertError, match="has every file of this result already, in its size; use it as it is, or"):
         dequantize(fp8, tmp_path / "back")
-    assert files(tmp_path / "back") == before
+    (tmp_path / "back" / DIT).unlink()
+    with pytest.raises(ConvertError, match="no record there says that it is fp8-convert's; choose another folder or"):
+        dequantize(fp8, tmp_path / "back")
+    assert files(tmp_path / "back") == {path: data for path, data in before.items() if path != DIT}
     with pytest.raises(ConvertError, match="use bfloat16 or float16"):
         dequantize(fp8, tmp_path / "back2", dtype="float32")
 

@@ -154,7 +154,7 @@ def test_a_component_on_its_own(hub: HubServer, tmp_path: Path) -> None:
 def test_notes_say_what_the_card_lacks(hub: HubServer, converted: Path) -> None:
     notes = push(converted, REPO).notes
     assert len(notes) == 2
-    assert "states no licence" in notes[0]
+    assert "no licence was found" in notes[0]
     assert "names no base model" in notes[1]
 
 
@@ -164,6 +164,28 @@ def test_a_card_that_cannot_be_read_is_carried_and_said(hub: HubServer, tmp_path
     convert(source, tmp_path / "out")
     (note, *_) = push(tmp_path / "out", REPO).notes
     assert note.startswith("the head of the source's card cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        (
+            "license: [a, {b: c}]",
+            "license of the source's card is ['a', {'b': 'c'}], which is no name and is",
+        ),
+        ("license: 2024-01-01", "license of the source's card is datetime.date(2024, 1, 1), which is no name and is"),
+        ("a: " + "[" * 5000, "the head of the source's card cannot be read (it is nested too deeply), so nothing is"),
+    ],
+)
+def test_a_licence_that_is_not_taken_is_said(tmp_path: Path, head: str, said: str) -> None:
+    source = copied(saved("z_image") / "transformer", tmp_path / "source")
+    (source / "README.md").write_text(f"---\n{head}\n---\n")
+    convert(source, tmp_path / "out")
+    planned = push(tmp_path / "out", REPO, dry_run=True)
+    assert planned.notes[0].startswith(said)
+    assert planned.notes[1].startswith("no licence was found in the source, so the card states none")
+    assert "license:" not in planned.card
+    assert "No licence is known here" in planned.card
 
 
 # Again

@@ -139,7 +139,7 @@ def test_a_source_without_card_and_licence(record: Record) -> None:
     files = {path: file for path, file in record.files.items() if path not in ("README.md", "LICENSE.md")}
     text = card(replace(record, files=files))
     assert "README.source.md" not in text
-    assert "The source states no licence; ask those who made it" in text
+    assert "No licence is known here; ask those who made the source" in text
 
 
 def test_every_size_and_decision_is_in_it(record: Record) -> None:
@@ -172,6 +172,40 @@ def test_snapshots_of_every_format_have_a_card(folder: Path) -> None:
 
 def test_it_claims_no_quality(record: Record) -> None:
     assert "Nothing was measured on this snapshot" in card(record)
+
+
+def imported(record: Record, **recipe: Any) -> Record:
+    """A record as an import onto a Hub repository leaves it."""
+    component = replace(record.components["transformer"], imported="ComfyUI")
+    source = RecordedSource(
+        repo=None, commit=None, pipeline="QwenImagePipeline", base_repo="Qwen/Qwen-Image", base_commit=COMMIT
+    )
+    return replace(
+        record,
+        source=source,
+        recipe=replace(record.recipe, **recipe),
+        components={**record.components, "transformer": component},
+    )
+
+
+def test_an_import_claims_nothing_of_how_it_was_quantised(record: Record) -> None:
+    text = card(imported(record))
+    assert "FP8 weights that were quantised before: `transformer` from the layout ComfyUI. Imported by" in text
+    assert "codes and scales as they were; how they were made the record does not tell." in text
+    assert f"all other components are those of [Qwen/Qwen-Image]({HUB}/Qwen/Qwen-Image) at commit [`" in text
+    assert "without training or calibration" not in text
+    assert "--source" not in text
+    assert "fp8-convert SOURCE" not in text
+    assert "The licence is the source's" not in text
+    assert "The licence that came with its configs: [LICENSE.md](LICENSE.md). The FP8 weights may have" in text
+    assert "the source's card]" not in text
+    assert not {"base_model", "base_model_relation"} & head(text).keys()
+
+
+def test_static_activations_of_an_import_are_said(record: Record) -> None:
+    said = "Activation scales are static, and came with the weights."
+    assert said in card(imported(record, activation_scheme="static"))
+    assert said not in card(imported(record))
 
 
 def test_merged_loras_are_said_before_anything_else(record: Record) -> None:
@@ -277,7 +311,7 @@ def test_front_matter(text: str, data: dict[str, Any]) -> None:
     assert front_matter(text) == data
 
 
-@pytest.mark.parametrize("text", ["---\n- a\n---\n", "---\na: [\n---\n", "---\na: !!python/object:os.system x\n---\n"])
-def test_a_head_that_is_no_map(text: str) -> None:
+@pytest.mark.parametrize("head", ["- a", "a: [", "a: !!python/object:os.system x", "a: " + "[" * 5000])
+def test_a_head_that_is_no_map(head: str) -> None:
     with pytest.raises(ValueError, match=r"."):
-        front_matter(text)
+        front_matter(f"---\n{head}\n---\n")
