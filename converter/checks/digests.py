@@ -36,7 +36,7 @@ def check_but_shards(root: Path, record: Record) -> Iterator[Finding]:
         file = root / where
         if name in record.shards and file.is_file() and file.stat().st_size == entry.size:
             continue
-        if problem := _damage(file, entry):
+        if problem := damage(file, entry):
             yield Finding(where, problem)
 
 
