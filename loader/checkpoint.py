@@ -82,7 +82,8 @@ def open_snapshot(source: str | os.PathLike[str], options: HubAccess) -> tuple[S
     if snapshot.single_files:
         raise LoadError(
             f"{snapshot.label} was written with --target comfyui: files for ComfyUI's models folder, which diffusers "
-            "cannot load; convert the source again without that option, or with another target."
+            "cannot load; convert the source again without that option, or take it back with `fp8-convert import` and "
+            "--base, which names its source."
         )
     return snapshot, files
 

@@ -114,7 +114,11 @@ def _hub_options(function: F) -> F:
     help="DiT layers to keep, beside the manifest's. Repeatable.",
 )
 @click.option(
-    "--component", "components", metavar="NAME", multiple=True, help="Convert only this component. Repeatable."
+    "--component",
+    "components",
+    metavar="NAME",
+    multiple=True,
+    help="Convert only this one; others are copied (comfyui: left out). Repeatable.",
 )
 @click.option("--compact", is_flag=True, help="FP8 storage for the DiT layers that W8A8 must skip.")
 @click.option(

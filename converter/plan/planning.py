@@ -200,6 +200,11 @@ def _decide_all(
             if modules.problem:
                 problems[component.name] = modules.problem
                 notes.append(f"{component.label} stays as it is: {modules.problem}")
+            if rules.runs_in_fp8 and recipe.block and rules.weight_scales != layout.SCHEME_TENSOR:
+                notes.append(
+                    f"--weight-block-size takes the place of the manifest's {rules.weight_scales} scales in "
+                    f"{component.label}"
+                )
             if rules.runs_in_fp8:
                 layers += [name for name, kind in modules.kinds.items() if kind in rules.kinds]
             decided, said = decide(

@@ -63,3 +63,11 @@ def test_the_plans_of_two_folders_with_the_same_files_are_equal(tmp_path: Path) 
     here, there = plan_conversion(saved("z_image")), plan_conversion(copied(saved("z_image"), tmp_path / "copy"))
     assert here != there
     assert replace(there, snapshot=replace(there.snapshot, label=here.snapshot.label)) == here
+
+
+def test_blocks_that_replace_the_manifests_scales_are_said() -> None:
+    rows = own_manifests.with_scales_of_rows("z-image")
+    said = "--weight-block-size takes the place of the manifest's channel scales in transformer"
+    assert said in plan_conversion(saved("z_image"), manifest=rows, weight_block_size=(128, 128)).notes
+    assert said not in plan_conversion(saved("z_image"), manifest=rows).notes
+    assert said not in plan_conversion(saved("z_image"), weight_block_size=(128, 128)).notes
