@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .checks.digests import as_recorded
 from .checks.intact import check_recorded, read_intact
 from .conversion import Result, check_outside, finished_already, peak_rss
 from .format import layout
@@ -195,6 +196,9 @@ def _onto_base(source: Path, base: str | os.PathLike[str], component: str | None
     # Of the base's own weights for these components none is needed.
     rest = [replace(c, shards=(), index=None) if c.name in adopted else c for c in snapshot.components]
     here = fetch(replace(snapshot, components=tuple(rest)), base_files)
+    if record is not None:
+        here, notes = as_recorded(here, record)
+        snapshot = replace(snapshot, sidecars=_sidecars(snapshot, here), remarks=(*snapshot.remarks, *notes))
     files = OverlayFiles(here, paths, str(source), digests)
     adopted |= _adopt_own([c for c in rest if c.name not in adopted], files)
     snapshot = replace(
@@ -203,6 +207,11 @@ def _onto_base(source: Path, base: str | os.PathLike[str], component: str | None
     # A LoRA that went into a component that is replaced is gone with it.
     merged = () if record is None else tuple(x for x in record.recipe.merged_loras if x.component not in replaced)
     return _Found(_with_adopted(snapshot, adopted), files, adopted, merged)
+
+
+def _sidecars(snapshot: Snapshot, files: LocalFiles) -> dict[str, int]:
+    """What is carried over of a base whose files lie as they did before it was pushed."""
+    return {p: size for p, size in files.sizes().items() if p in snapshot.sidecars or p == layout.CARD}
 
 
 def _checkpoints(source: Path, component: str | None) -> list[_Checkpoint]:

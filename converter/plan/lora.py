@@ -109,7 +109,7 @@ class _Placing:
                 f"{self.source} has no {_DIT} for the LoRA {self.label}; name the component that it is for, as "
                 f"NAME=FILE, among {self._names()}."
             )
-        alike = [n for n, class_name in self.classes.items() if class_name == self.classes[_DIT] and n in self.converted]
+        alike = [n for n in self.classes if self.classes[n] == self.classes[_DIT] and n in self.converted]
         if len(alike) > 1:
             raise ConvertError(
                 f"The LoRA {self.label} may be for {' or '.join(alike)}; say which as {_DIT}=FILE, or for each of them."
