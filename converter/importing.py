@@ -229,10 +229,12 @@ def _checkpoints(source: Path, component: str | None) -> list[_Checkpoint]:
         raise ConvertError(f"{source} was converted by fp8-convert, and there is nothing to import.")
     found = [
         _Checkpoint(
-            {s.path: source / s.path for s in c.shards}, c.name, {s.path: s.sha256 for s in c.shards if s.sha256}
+            {s.path: source / s.path for s in c.shards},
+            c.name or component,  # one that was converted on its own has no name
+            {s.path: s.sha256 for s in c.shards if s.sha256},
         )
         for c in written.components
-        if c.shards and component in (None, c.name)
+        if c.shards and (not c.name or component in (None, c.name))
     ]
     if not found:
         names = ", ".join(c.name for c in written.components if c.shards)
@@ -263,6 +265,8 @@ def _shards_of(source: Path) -> list[str]:
         return found
     if pickle := next((name for name in names if name.lower().endswith(_PICKLES)), None):
         raise ConvertError(f"{pickle} is no safetensors file, and nothing else is imported; save it as safetensors.")
+    if below := min(source.rglob("*.safetensors"), default=None) if source.is_dir() else None:
+        raise ConvertError(f"{source} has no .safetensors files but in folders; give one, such as {below}.")
     raise ConvertError(f"{source} has no .safetensors files; give one, or a folder of them.")
 
 

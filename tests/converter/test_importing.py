@@ -581,6 +581,22 @@ def test_a_damaged_base_is_not_passed_on(tmp_path: Path, path: str, message: str
     assert not (tmp_path / "out" / RECORD).exists()
 
 
+def test_a_folder_of_one_file_of_this_projects_own(tmp_path: Path) -> None:
+    """A component that was converted without its pipeline has no name in the record: its tensors tell what it is."""
+    convert(saved("wan22") / "transformer", tmp_path / "comfyui", target="comfyui")
+    [file] = (tmp_path / "comfyui" / "diffusion_models").iterdir()
+    wan: dict[str, Any] = {"base": saved("wan22")}
+    import_checkpoint(file, tmp_path / "by-file", component="transformer_2", **wan)
+    import_checkpoint(tmp_path / "comfyui", tmp_path / "by-folder", component="transformer_2", **wan)
+    ours, theirs = (tmp_path / out / "transformer_2" / SHARD for out in ("by-folder", "by-file"))
+    assert ours.read_bytes() == theirs.read_bytes()
+    with pytest.raises(ConvertError, match="could be transformer and transformer_2 of .*; say which one with"):
+        import_checkpoint(tmp_path / "comfyui", tmp_path / "out", **wan)
+    (tmp_path / "comfyui" / RECORD).unlink()
+    with pytest.raises(ConvertError, match=rf"has no .safetensors files but in folders; give one, such as {file}"):
+        import_checkpoint(tmp_path / "comfyui", tmp_path / "out", **wan)
+
+
 def test_a_damaged_source_of_this_projects_own(tmp_path: Path) -> None:
     convert(saved("z_image"), tmp_path / "comfyui", target="comfyui")
     [file] = (tmp_path / "comfyui" / "diffusion_models").iterdir()
