@@ -590,7 +590,7 @@ def test_a_folder_of_one_file_of_this_projects_own(tmp_path: Path) -> None:
     import_checkpoint(tmp_path / "comfyui", tmp_path / "by-folder", component="transformer_2", **wan)
     ours, theirs = (tmp_path / out / "transformer_2" / SHARD for out in ("by-folder", "by-file"))
     assert ours.read_bytes() == theirs.read_bytes()
-    with pytest.raises(ConvertError, match="could be transformer and transformer_2 of .*; say which one with"):
+    with pytest.raises(ConvertError, match=r"could be transformer and transformer_2 of .*; say which one with"):
         import_checkpoint(tmp_path / "comfyui", tmp_path / "out", **wan)
     (tmp_path / "comfyui" / RECORD).unlink()
     with pytest.raises(ConvertError, match=rf"has no .safetensors files but in folders; give one, such as {file}"):
