@@ -63,7 +63,15 @@ def test_wheel_holds_every_module(wheel: Path) -> None:
         if path.suffix in (".py", ".toml")
     }
     expected |= {"fp8_convert/__init__.py", "fp8_convert/py.typed"}
+    model = ROOT / "emoji" / "model"
+    expected |= {
+        f"fp8_convert/emoji/{path.relative_to(model).as_posix()}" for path in model.rglob("*") if path.is_file()
+    }
     assert inside - compiled == expected
+
+
+def test_wheel_with_the_emoji_model_is_small(wheel: Path) -> None:
+    assert wheel.stat().st_size < 25_000_000
 
 
 def test_wheel_runs_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
