@@ -8,11 +8,11 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .checks.digests import check_but_shards
+from .checks.digests import as_recorded, check_but_shards
 from .format.layout import RECORD_FILE, STAGING
 from .format.record import Record
 from .output.journal import Done
@@ -113,8 +113,11 @@ def _planned(root: Path, dtype: str) -> tuple[LocalFiles, PlainPlan, Record | No
         raise ConvertError(
             f"{found.path} in {root} {found.problem}; `fp8-convert verify` tells more: convert or download it again."
         )
-    files = LocalFiles(root)
-    return files, plan_plain(describe(files, allow_converted=True), record, dtype), record
+    files, notes = LocalFiles(root), tuple[str, ...]()
+    if record is not None:
+        files, notes = as_recorded(files, record)
+    plan = plan_plain(describe(files, allow_converted=True), record, dtype)
+    return files, replace(plan, notes=(*plan.notes, *notes)), record
 
 
 def _check_output(root: Path, folder: Path, plan: PlainPlan) -> None:

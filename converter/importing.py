@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .checks.digests import as_recorded
 from .checks.intact import check_recorded, read_intact
 from .conversion import Result, check_outside, finished_already, peak_rss
 from .format import layout
@@ -195,6 +196,9 @@ def _onto_base(source: Path, base: str | os.PathLike[str], component: str | None
     # Of the base's own weights for these components none is needed.
     rest = [replace(c, shards=(), index=None) if c.name in adopted else c for c in snapshot.components]
     here = fetch(replace(snapshot, components=tuple(rest)), base_files)
+    if record is not None:
+        here, notes = as_recorded(here, record)
+        snapshot = replace(snapshot, sidecars=_sidecars(snapshot, here), remarks=(*snapshot.remarks, *notes))
     files = OverlayFiles(here, paths, str(source), digests)
     adopted |= _adopt_own([c for c in rest if c.name not in adopted], files)
     snapshot = replace(
@@ -203,6 +207,11 @@ def _onto_base(source: Path, base: str | os.PathLike[str], component: str | None
     # A LoRA that went into a component that is replaced is gone with it.
     merged = () if record is None else tuple(x for x in record.recipe.merged_loras if x.component not in replaced)
     return _Found(_with_adopted(snapshot, adopted), files, adopted, merged)
+
+
+def _sidecars(snapshot: Snapshot, files: LocalFiles) -> dict[str, int]:
+    """What is carried over of a base whose files lie as they did before it was pushed."""
+    return {p: size for p, size in files.sizes().items() if p in snapshot.sidecars or p == layout.CARD}
 
 
 def _checkpoints(source: Path, component: str | None) -> list[_Checkpoint]:
@@ -220,10 +229,12 @@ def _checkpoints(source: Path, component: str | None) -> list[_Checkpoint]:
         raise ConvertError(f"{source} was converted by fp8-convert, and there is nothing to import.")
     found = [
         _Checkpoint(
-            {s.path: source / s.path for s in c.shards}, c.name, {s.path: s.sha256 for s in c.shards if s.sha256}
+            {s.path: source / s.path for s in c.shards},
+            c.name or component,  # one that was converted on its own has no name
+            {s.path: s.sha256 for s in c.shards if s.sha256},
         )
         for c in written.components
-        if c.shards and component in (None, c.name)
+        if c.shards and (not c.name or component in (None, c.name))
     ]
     if not found:
         names = ", ".join(c.name for c in written.components if c.shards)
@@ -254,6 +265,8 @@ def _shards_of(source: Path) -> list[str]:
         return found
     if pickle := next((name for name in names if name.lower().endswith(_PICKLES)), None):
         raise ConvertError(f"{pickle} is no safetensors file, and nothing else is imported; save it as safetensors.")
+    if below := min(source.rglob("*.safetensors"), default=None) if source.is_dir() else None:
+        raise ConvertError(f"{source} has no .safetensors files but in folders; give one, such as {below}.")
     raise ConvertError(f"{source} has no .safetensors files; give one, or a folder of them.")
 
 

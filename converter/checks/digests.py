@@ -11,6 +11,8 @@ from ..format.header import read_header
 from ..format.record import Record, RecordedFile
 from ..format.untrusted import parse_json, read_whole
 from ..output.writing import file_sha256
+from ..snapshot.files import LocalFiles
+from ..snapshot.overlay import OverlayFiles
 from ..telling.errors import ConvertError
 from ..telling.progress import Progress
 from .finding import Finding
@@ -50,6 +52,23 @@ def has_own_card(root: Path, record: Record) -> bool:
     """Whether README.md was written for the snapshot, by a push: the record knows nothing of it."""
     moved = place(root, record, layout.CARD) != layout.CARD
     return (moved or layout.CARD not in record.files) and (root / layout.CARD).is_file()
+
+
+def as_recorded(files: LocalFiles, record: Record) -> tuple[LocalFiles, tuple[str, ...]]:
+    """The files as they were before a push: the source's card in its place, and none of the snapshot's own.
+
+    With a note where a card is left out.
+    """
+    root, others, without = files.root, dict[str, Path](), set[str]()
+    notes: tuple[str, ...] = ()
+    if has_own_card(root, record):
+        without.add(layout.CARD)
+        notes = (f"{layout.CARD} is left out: it presents the FP8 snapshot",)
+    if layout.CARD in record.files and (moved := place(root, record, layout.CARD)) != layout.CARD:
+        others[layout.CARD] = files.local(moved)
+        without.add(moved)
+        notes = tuple(f"{note}, and the source's card takes its place" for note in notes)
+    return (OverlayFiles(files, others, files.label, without=without) if without else files), notes
 
 
 def _unlisted(root: Path, listed: Collection[str]) -> Iterator[Finding]:

@@ -19,7 +19,7 @@ def recorded_loras(root: Path, record: Record, given: Sequence[LoraRequest], sna
     was = f"{root} was made {'with ' + _listed(recorded) if recorded else 'without a LoRA'}"
     if recorded and not given:
         raise ConvertError(f"{was}; pass each with --merge-lora, as it was converted.")
-    read = read_loras(given, snapshot)
+    read = read_loras(given, snapshot, record.recipe.components)
     stated = tuple(read_value(RecordedLora, lora.to_json(), "the LoRA") for lora in read)
     if stated != recorded:
         raise ConvertError(f"{was}, and --merge-lora gives {_listed(stated)}; pass what it was made with.")

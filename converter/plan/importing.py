@@ -145,8 +145,6 @@ def _unfit(tensor: TensorInfo, kind: str | None, scale: GivenScale) -> str | Non
         return f"an FP8 {kind} cannot be loaded" if kind else "only weights of linears and convolutions are held in FP8"
     if len(tensor.shape) != _DIMENSIONS[kind] or tensor.numel == 0:
         return f"its shape {list(tensor.shape)} is not that of a {kind}"
-    if scale.values.ndim and kind != "Linear":
-        return f"a {kind} has one scale"
     return "its element count is no multiple of 4, so its scale would not be aligned" if tensor.numel % 4 else None
 
 

@@ -6,7 +6,7 @@ A weight W [N, K] becomes W + factor * (B @ A), with A [rank, K], B [N, rank] an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,12 +53,15 @@ class Lora(Brief):
         }
 
 
-def read_lora(request: LoraRequest, snapshot: Snapshot) -> Lora:
-    """Read a LoRA for the snapshot. Raises ConvertError for what is no plain LoRA of one of its components."""
+def read_lora(request: LoraRequest, snapshot: Snapshot, converted: Collection[str] = ()) -> Lora:
+    """Read a LoRA for the snapshot. converted: the components that were asked for, all of them where that is empty.
+
+    Raises ConvertError for what is no plain LoRA of one of its components.
+    """
     file = open_lora(request.path)
     check_config(file)
     changes: dict[tuple[str, str], LowRank] = {}
-    place = _Placing(file.label, request.component, snapshot)
+    place = _Placing(file.label, request.component, snapshot, converted)
     for module, parts in read_modules(file, snapshot).items():
         where = place.of(module)
         if where in changes:
@@ -70,8 +73,14 @@ def read_lora(request: LoraRequest, snapshot: Snapshot) -> Lora:
 class _Placing:
     """Which component and module a name of diffusers' means."""
 
-    def __init__(self, label: str, component: str | None, snapshot: Snapshot) -> None:
+    def __init__(self, label: str, component: str | None, snapshot: Snapshot, converted: Collection[str]) -> None:
         self.label, self.component, self.classes, self.source = label, component, snapshot.classes, snapshot.label
+        self.converted = converted or self.classes
+        if component is not None and "" in self.classes:
+            raise ConvertError(
+                f"{self.source} is a component on its own, so the LoRA {label} needs no name before it; drop "
+                f"{component}=."
+            )
         if component is not None and component not in self.classes:
             raise ConvertError(
                 f"{self.source} has no component {component!r} for the LoRA {label}; it has {self._names()}."
@@ -100,12 +109,12 @@ class _Placing:
                 f"{self.source} has no {_DIT} for the LoRA {self.label}; name the component that it is for, as "
                 f"NAME=FILE, among {self._names()}."
             )
-        alike = [name for name, class_name in self.classes.items() if class_name == self.classes[_DIT]]
+        alike = [n for n in self.classes if self.classes[n] == self.classes[_DIT] and n in self.converted]
         if len(alike) > 1:
             raise ConvertError(
                 f"The LoRA {self.label} may be for {' or '.join(alike)}; say which as {_DIT}=FILE, or for each of them."
             )
-        return _DIT
+        return alike[0] if alike else _DIT
 
     def _names(self) -> str:
         return ", ".join(self.classes)
@@ -151,6 +160,8 @@ def _factor(module: str, parts: Mapping[str, torch.Tensor], file: LoraFile, conf
     return 1.0
 
 
-def read_loras(requests: Iterable[LoraRequest], snapshot: Snapshot) -> tuple[Lora, ...]:
-    """The LoRAs that were asked for, in order."""
-    return tuple(read_lora(request, snapshot) for request in requests)
+def read_loras(
+    requests: Iterable[LoraRequest], snapshot: Snapshot, converted: Collection[str] = ()
+) -> tuple[Lora, ...]:
+    """The LoRAs that were asked for, in order, as `read_lora` reads each."""
+    return tuple(read_lora(request, snapshot, converted) for request in requests)

@@ -180,6 +180,6 @@ def _notes(record: Record | None, dtype: str) -> list[str]:
 
 
 def _unlisted(record: Record | None, sidecars: Iterable[str]) -> Iterator[str]:
-    """Files that the record has no digest of; the card that a push wrote is none of the model's."""
-    listed = {layout.CARD, layout.SOURCE_CARD, *(record.files if record is not None else sidecars)}
+    """Files that the record has no digest of."""
+    listed = record.files if record is not None else sidecars
     yield from (f"{path} is not in the record, and is copied as it is" for path in sidecars if path not in listed)

@@ -106,7 +106,7 @@ class Settings:
             return ()
         from .lora import read_loras  # imports PyTorch
 
-        return read_loras(self.merge_lora, snapshot)
+        return read_loras(self.merge_lora, snapshot, self.components)
 
 
 def setting_problem(key: str, value: Any) -> str | None:

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from ..format import layout
+from ..snapshot.foreign_config import COMFY_METADATA
 from ..snapshot.snapshot import Component, Snapshot
-from ..targets.comfyui import METADATA_KEY, Extra, extras_of, file_path, quantization_metadata
+from ..targets.comfyui import Extra, extras_of, file_path, quantization_metadata
 from ..targets.key_map import KeyMap
 from ..targets.key_maps import key_map
 from ..telling.errors import ConvertError
@@ -70,7 +71,7 @@ def _in_one_file(component: ComponentPlan, recipe: Recipe, sidecars: Mapping[str
     modules = original_modules(tensors, names)
     metadata = {}
     if modules:
-        metadata = {layout.METADATA_KEY: layout.encode_modules(modules), METADATA_KEY: quantization_metadata(modules)}
+        metadata = {layout.METADATA_KEY: layout.encode_modules(modules), COMFY_METADATA: quantization_metadata(modules)}
     path = file_path(recipe.manifest.name, source.name, source.class_name or "", bool(modules))
     single = lay_out_single_file(tensors, names, path, metadata, extras)
     shards = tuple(replace(shard, files=()) for shard in component.shards)

@@ -22,14 +22,19 @@ from ..format.untrusted import open_regular, parse_json
 from ..telling.errors import ConvertError
 from ..telling.notebook import Brief
 from .files import LocalFiles
-from .foreign_config import METHODS, block_of, config_problem
+from .foreign_config import (
+    COMFY_FORMAT,
+    COMFY_FULL_PRECISION,
+    COMFY_METADATA,
+    METHODS,
+    block_of,
+    config_problem,
+)
 from .fp8 import CODES
 from .given_scale import BARE, GivenScale, as_float32, fitted
 from .snapshot import Component, Shard
 
-COMFY_METADATA = "_quantization_metadata"
 _COMFY_QUANT, _SCALED_FP8 = ".comfy_quant", "scaled_fp8"
-_FULL_PRECISION = "full_precision_matrix_mult"
 _WEIGHT_SCALES = (WEIGHT_SCALE, WEIGHT_SCALE_INV, ".scale_weight")
 _INPUT_SCALES = (INPUT_SCALE, ".scale_input", ".activation_scale")
 _DROPPED = (*_WEIGHT_SCALES, *_INPUT_SCALES, _COMFY_QUANT)
@@ -279,13 +284,17 @@ def _comfy_layers(
 
 def _comfy_mode(entry: Any, layer: str, where: str) -> str | None:
     found = entry.get("format") if isinstance(entry, dict) else None
-    if found != "float8_e4m3fn":
-        raise ConvertError(f"{layer} in {where} has ComfyUI's format {found!r:.80}, and float8_e4m3fn can be imported.")
-    full = entry.get(_FULL_PRECISION, False)
-    if unknown := next((key for key in entry if key not in ("format", _FULL_PRECISION)), None):
+    if found != COMFY_FORMAT:
+        raise ConvertError(
+            f"{layer} in {where} has ComfyUI's format {found!r:.80}, and {COMFY_FORMAT} can be imported."
+        )
+    full = entry.get(COMFY_FULL_PRECISION, False)
+    if unknown := next((key for key in entry if key not in ("format", COMFY_FULL_PRECISION)), None):
         raise ConvertError(f"{layer} in {where} has {unknown!r:.80} in its ComfyUI entry, which cannot be imported.")
     if not isinstance(full, bool):
-        raise ConvertError(f"{layer} in {where} has the {_FULL_PRECISION} {full!r:.80}, which is no true or false.")
+        raise ConvertError(
+            f"{layer} in {where} has the {COMFY_FULL_PRECISION} {full!r:.80}, which is no true or false."
+        )
     return layout.STORAGE if full else None
 
 

@@ -1,15 +1,21 @@
-"""The `quantization_config` of another tool: is it one of FP8 codes under scales, and what does it say of blocks?"""
+"""What other tools state of their FP8: ComfyUI's names, and the rest's `quantization_config`.
+
+Of such a config: is it one of codes under scales, and what does it say of blocks?
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..format.layout import Block
+from ..format.layout import QUANT_METHOD, QUANT_METHOD_NATIVE, Block
 from ..telling.errors import ConvertError
 
+COMFY_METADATA = "_quantization_metadata"  # of a file's header: JSON of {"layers": {layer: {"format": ...}}}
+COMFY_FORMAT, COMFY_FULL_PRECISION = "float8_e4m3fn", "full_precision_matrix_mult"
 METHODS = {
-    "fp8": "fp8", "fp8_convert": "fp8-convert", "modelopt": "ModelOpt", "compressed-tensors": "compressed-tensors",
+    QUANT_METHOD: "fp8", QUANT_METHOD_NATIVE: "fp8-convert", "modelopt": "ModelOpt",
+    "compressed-tensors": "compressed-tensors",
 }  # fmt: skip
 _FORMATS = ("float-quantized", "naive-quantized")  # of compressed-tensors
 

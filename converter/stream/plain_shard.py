@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..format.header import TensorInfo
-from ..format.layout import WeightFormat
+from ..format.layout import WEIGHT, WeightFormat
 from ..plan.plain import PlainShard
 from ..plan.schedule import Segment, cut
 from ..snapshot.files import SourceFile
@@ -76,7 +76,7 @@ def _weights(
     """The plain bytes of a segment of an FP8 weight, whose scales are read from where they lie."""
     if not len(codes):
         return codes
-    module = tensor.name.removesuffix(".weight")
+    module = tensor.name.removesuffix(WEIGHT)
     scale = next(t for t in shard.source.header.tensors if t.name == how.scale_key(module))
     if scale.numel == 1:
         values = _scales(fd, shard, scale, 0, 1)

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..format.header import TensorInfo
-from ..snapshot.foreign import COMFY_METADATA, Foreign
+from ..format.layout import METADATA_KEY
+from ..snapshot.foreign import Foreign
+from ..snapshot.foreign_config import COMFY_METADATA
 from ..snapshot.given_scale import GivenScale
 from ..snapshot.snapshot import Component
 from ..telling.errors import ConvertError
@@ -18,7 +20,7 @@ from ..telling.notebook import Brief
 from .key_map import KeyMap
 from .key_maps import key_map
 
-_FORMAT_KEYS = (COMFY_METADATA, "fp8_convert")
+_FORMAT_KEYS = (COMFY_METADATA, METADATA_KEY)
 Shapes = Mapping[str, tuple[int, ...]]
 
 

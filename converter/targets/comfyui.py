@@ -17,14 +17,12 @@ from typing import Any
 
 from ..format.header import DTYPE_BITS
 from ..format.layout import STORAGE, Block, WeightFormat
+from ..snapshot.foreign_config import COMFY_FORMAT, COMFY_FULL_PRECISION
 from ..snapshot.snapshot import Component
 from .key_maps import key_map, mapped_classes
 from .target import Layer, Target
 
-METADATA_KEY = "_quantization_metadata"
 FORMAT_VERSION = "1.0"
-FORMAT = "float8_e4m3fn"
-FULL_PRECISION = "full_precision_matrix_mult"
 
 DIFFUSION_MODELS, TEXT_ENCODERS, VAE = "diffusion_models", "text_encoders", "vae"
 
@@ -112,4 +110,5 @@ def quantization_metadata(modules: Mapping[str, WeightFormat]) -> str:
 
 def layer_entry(how: WeightFormat) -> dict[str, Any]:
     """What the statement says of one layer."""
-    return {"format": FORMAT, FULL_PRECISION: True} if how.mode == STORAGE else {"format": FORMAT}
+    entry = {"format": COMFY_FORMAT}
+    return {**entry, COMFY_FULL_PRECISION: True} if how.mode == STORAGE else entry

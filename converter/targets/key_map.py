@@ -1,15 +1,17 @@
 """A component's tensors under two names: diffusers' (native) and those of the model's first release (original).
 
-Single files, which ComfyUI reads and others publish, have original names. A key map is a table of rules, and the same
-table is read in both directions. Names and shapes alone: an original tensor is one or more native ones, one below the
-other, so that each native tensor is one range of its bytes, and reshaping moves no byte.
+Single files, which ComfyUI reads and others publish, have original names. A key map is a table of rules that gives the
+original tensors of native ones; whoever reads a single file looks its names up there. Names and shapes alone: an
+original tensor is one or more native ones, one below the other, so that each native tensor is one range of its bytes,
+and reshaping moves no byte.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..format.layout import WEIGHT
 from ..telling.errors import ConvertError
 
 Shape = tuple[int, ...]
@@ -25,36 +27,16 @@ class Original:
 
 
 @dataclass(frozen=True)
-class Native:
-    """A tensor under its native name: part number `part` of the `parts` equal ones that the rows of `original` make.
-
-    original: the name as it stands in the file.
-    """
-
-    name: str
-    shape: Shape
-    original: str
-    part: int = 0
-    parts: int = 1
-
-    def bytes_within(self, nbytes: int) -> tuple[int, int]:
-        """Its range of bytes within the original tensor, which has `nbytes`."""
-        return nbytes * self.part // self.parts, nbytes * (self.part + 1) // self.parts
-
-
-@dataclass(frozen=True)
 class Rule:
     """How leading segments of names correspond; what follows them is the same on both sides.
 
     native: several are one original tensor, one below the other. `{}` is any number, the same ones on both sides.
-    pointwise: weights are matrices in diffusers and 1x1 convolutions in the original. read_only: another native
-    spelling, which is understood and never given.
+    pointwise: weights are matrices in diffusers and 1x1 convolutions in the original.
     """
 
     native: str | tuple[str, ...]
     original: str
     pointwise: bool = False
-    read_only: bool = False
 
     @property
     def natives(self) -> tuple[str, ...]:
@@ -89,18 +71,6 @@ class KeyMap:
             rules[original] = rule
         return tuple(self._joined(name, rules[name], parts, shapes) for name, parts in found.items())
 
-    def to_native(self, shapes: Mapping[str, Sequence[int]]) -> tuple[Native, ...]:
-        """The native tensors that are in original ones, in their order, members of a fused one by one.
-
-        Raises ConvertError for a name that has no rule, and for a fused tensor whose rows cannot be divided.
-        """
-        prefix = self.prefix_of(shapes)
-        natives: list[Native] = []
-        for name, shape in shapes.items():
-            if name.removeprefix(prefix) not in self.dropped:
-                natives += self._parts_of(name, prefix, tuple(shape))
-        return tuple(natives)
-
     def original_module(self, module: str) -> str:
         """The original module that a native one is, or is a part of. Raises ConvertError for one without a rule."""
         return self._original_of(module)[0]
@@ -133,27 +103,9 @@ class KeyMap:
                 f"original layout has them as equal parts of {name}."
             )
         shape = (first[0] * len(members), *first[1:]) if len(members) > 1 else first
-        if rule.pointwise and name.endswith(".weight"):
+        if rule.pointwise and name.endswith(WEIGHT):
             shape = (*shape, 1, 1)
         return Original(name, shape, members)
-
-    def _parts_of(self, name: str, prefix: str, shape: Shape) -> Iterator[Native]:
-        for rule in self.rules:
-            if rule.read_only:
-                continue
-            renamed = [_renamed(name.removeprefix(prefix), rule.original, native) for native in rule.natives]
-            if renamed[0] is None:
-                continue
-            parts = len(renamed)
-            if parts > 1 and (not shape or shape[0] % parts):
-                raise ConvertError(f"{name} has the shape {list(shape)}, whose rows are not {parts} equal parts.")
-            if rule.pointwise and name.endswith(".weight") and shape[2:] == (1, 1):
-                shape = shape[:2]
-            if parts > 1:
-                shape = (shape[0] // parts, *shape[1:])
-            yield from (Native(n, shape, name, i, parts) for i, n in enumerate(renamed) if n is not None)
-            return
-        raise ConvertError(f"{name} is not a tensor that the original layout of {self.class_name} has.")
 
 
 def _renamed(name: str, before: str, after: str) -> str | None:

@@ -100,8 +100,8 @@ def _wan(config: Mapping[str, Any]) -> KeyMap:
 
 def _qwen_vl(config: Mapping[str, Any]) -> KeyMap:
     newer = (
-        Rule("model.language_model", "model", read_only=True),
-        Rule("model.visual", "visual", read_only=True),
+        Rule("model.language_model", "model"),
+        Rule("model.visual", "visual"),
     )
     rules = (*newer, *_same(("model", "visual", "lm_head")))
     return KeyMap("Qwen2_5_VLForConditionalGeneration", rules, _TEXT_PREFIXES)
@@ -109,7 +109,7 @@ def _qwen_vl(config: Mapping[str, Any]) -> KeyMap:
 
 def _qwen3(config: Mapping[str, Any]) -> KeyMap:
     rules = [Rule(name, f"model.{name}") for name in ("embed_tokens", "layers", "norm")]
-    rules += [Rule("model", "model", read_only=True), Rule("lm_head", "lm_head")]
+    rules += [Rule("model", "model"), Rule("lm_head", "lm_head")]
     return KeyMap("Qwen3Model", tuple(rules), _TEXT_PREFIXES)
 
 

@@ -265,11 +265,29 @@ def test_a_scale_that_is_missing(tmp_path: Path) -> None:
         dequantize(moved, tmp_path / "back")
 
 
+def test_a_scale_in_another_file_than_its_weight(tmp_path: Path) -> None:
+    moved = copied(_converted(tmp_path) / "transformer", tmp_path / "moved")
+    file = moved / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    scale = next(name for name in tensors if name.endswith("weight_scale"))
+    parts = {"a": {n: t for n, t in tensors.items() if n != scale}, "b": {scale: tensors[scale]}}
+    file.unlink()
+    for part, mine in parts.items():
+        save_file(mine, moved / f"{part}.safetensors", {"format": "pt"})  # as other programs save it
+    places = {name: f"{part}.safetensors" for part, mine in parts.items() for name in mine}
+    (moved / f"{file.name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    with pytest.raises(ConvertError, match=rf"{scale} is not in a.safetensors, as its weight is; convert the snapshot"):
+        dequantize(moved, tmp_path / "back")
+
+
 def test_what_has_no_fp8_weights(tmp_path: Path) -> None:
     with pytest.raises(ConvertError, match="has no FP8 weights; give a snapshot that fp8-convert made"):
         dequantize(saved("z_image"), tmp_path / "back")
     with pytest.raises(ConvertError, match="does not exist"):
         dequantize(tmp_path / "nothing", tmp_path / "back")
+    (tmp_path / "unfinished" / ".fp8-convert").mkdir(parents=True)
+    with pytest.raises(ConvertError, match=r"The conversion into .* is unfinished; run the same fp8-convert command"):
+        dequantize(tmp_path / "unfinished", tmp_path / "back")
 
 
 def test_what_another_tool_wrote(tmp_path: Path) -> None:
@@ -326,6 +344,19 @@ def test_an_interrupted_run_is_resumed(tmp_path: Path) -> None:
     assert dequantize(fp8, back).resumed_shards == 2
     dequantize(fp8, tmp_path / "whole")
     assert files(back) == files(tmp_path / "whole")
+
+
+def test_an_interrupted_run_in_another_dtype_is_not_resumed(tmp_path: Path) -> None:
+    class Said(Silent):
+        def say(self, line: str) -> None:
+            lines.append(line)
+
+    fp8, back, lines = _converted(tmp_path), tmp_path / "back", list[str]()
+    with pytest.raises(KeyboardInterrupt):
+        dequantize(fp8, back, progress=Stops(2))
+    assert dequantize(fp8, back, dtype="float16", progress=Said()).resumed_shards == 0
+    assert lines[-1] == "the unfinished output of another source, recipe or version was dropped"
+    assert {t.dtype for t in load_file(back / DIT).values()} == {torch.bfloat16, torch.float16}
 
 
 # The command

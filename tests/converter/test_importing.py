@@ -100,6 +100,7 @@ def test_a_file_with_original_names(tmp_path: Path, layout: str) -> None:
     fused = {
         "model.diffusion_model." + o.name: torch.cat([plain[m] for m in o.members]).reshape(o.shape) for o in originals
     }
+    fused["model.diffusion_model.norm_final.weight"] = torch.ones(4).bfloat16()  # diffusers' class does without it
     layers = ["model.diffusion_model." + names.original_module(module) for module in linears(plain)]
     made = WRITERS[layout](fused, dict.fromkeys(layers))
     result = import_checkpoint(as_file(made, tmp_path / "z.safetensors"), tmp_path / "out", base=saved("z_image"))
@@ -281,6 +282,7 @@ def test_an_interrupted_import_is_resumed(tmp_path: Path) -> None:
 
 
 Q = "layers.0.attention.to_q"
+COMFYUI = "_quantization_metadata"
 
 
 @pytest.mark.parametrize(
@@ -300,6 +302,7 @@ Q = "layers.0.attention.to_q"
         (f"{Q}.weight_zero_point", torch.tensor(1.0), "quantised in a way that cannot be imported"),
         (f"{Q}.weight_scale_2", torch.tensor(1.0), "quantised in a way that cannot be imported"),
         ("nothing.weight_scale", torch.tensor(1.0), "scales no FP8 weight"),
+        (f"{Q}.input_scale", torch.ones(2), r"input_scale in .* has the shape \[2\]; one scale can be imported"),
         (f"{Q}.k_scale", torch.tensor(1.0), "quantised in a way that cannot be imported"),
     ],
 )  # fmt: skip
@@ -334,18 +337,20 @@ def test_configs_that_cannot_be_imported(tmp_path: Path, config: dict[str, Any],
 
 
 @pytest.mark.parametrize(
-    ("statement", "message"),
+    ("key", "statement", "message"),
     [
-        ('{"layers": {"layers.0.attention.to_q": {"format": "nvfp4"}}}', "has ComfyUI's format 'nvfp4'"),
-        ('{"layers": {"no.such.layer": {"format": "float8_e4m3fn"}}}', "no.such.layer .* should be FP8"),
-        ('{"layers": 1}', "names no layers"),
-        ("{", "is not valid JSON"),
+        (COMFYUI, '{"layers": {"layers.0.attention.to_q": {"format": "nvfp4"}}}', "has ComfyUI's format 'nvfp4'"),
+        (COMFYUI, '{"layers": {"no.such.layer": {"format": "float8_e4m3fn"}}}', "no.such.layer .* should be FP8"),
+        (COMFYUI, '{"layers": 1}', "names no layers"),
+        (COMFYUI, "{", "is not valid JSON"),
+        (COMFYUI, "[]", "is no JSON object"),
+        ("fp8_convert", "[]", r"has unreadable fp8_convert metadata \(not a JSON object\)"),
     ],
 )
-def test_statements_that_do_not_fit(tmp_path: Path, statement: str, message: str) -> None:
+def test_statements_that_do_not_fit(tmp_path: Path, key: str, statement: str, message: str) -> None:
     plain = weights()
     made = foreign.comfyui(plain, linears(plain))
-    made.metadata["_quantization_metadata"] = statement
+    made.metadata[key] = statement
     with pytest.raises(ConvertError, match=message):
         import_checkpoint(as_folder(made, tmp_path / "source"), tmp_path / "out")
 
@@ -530,6 +535,80 @@ def test_checkpoints_that_do_not_fit_the_base(tmp_path: Path) -> None:
         import_checkpoint(tmp_path / "z.safetensors", tmp_path / "out")
 
 
+def test_fp8_that_no_layer_holds(tmp_path: Path) -> None:
+    """Under one scale it becomes BF16, which leaves nothing to import here; under others it cannot."""
+    made = foreign.comfyui(weights(), [])
+    made.metadata = {}
+    made.tensors[NORM] = made.tensors[NORM].to(foreign.E4M3)
+    with pytest.raises(ConvertError, match="has no FP8 weights of layers that can hold them: nothing to import"):
+        plan_import_checkpoint(as_folder(made, tmp_path / "norm"))
+    made = foreign.channel(weights("z_image", "text_encoder", "model.safetensors"), ["embed_tokens"])
+    source = copied(saved("z_image"), tmp_path / "source")
+    as_file(made, source / "text_encoder" / "model.safetensors")
+    message = "embed_tokens.weight of text_encoder has FP8 codes with scales of rows or blocks, but an FP8 Embedding"
+    with pytest.raises(ConvertError, match=message):
+        plan_import_checkpoint(source)
+
+
+def test_a_layer_without_its_input_scale(tmp_path: Path) -> None:
+    """Activations are dynamic then, and the scales of all others are not used."""
+    made = foreign.modelopt(weights(), linears(weights()))
+    del made.tensors[f"{Q}.input_scale"]
+    plan = plan_import_checkpoint(as_folder(made, tmp_path / "source"))
+    others = len(linears(weights())) - 1
+    note = f"{others} input scales of the source are left out (not every W8A8 layer has one: dynamic)"
+    assert plan.recipe.activation_scheme == "dynamic"
+    assert note in plan.notes
+
+
+def test_what_a_class_keeps_in_float32_is_not_fp8(tmp_path: Path) -> None:
+    made = foreign.bare(weights("wan22"), ())
+    plan = plan_import_checkpoint(as_folder(made, tmp_path / "source", "wan22"))
+    decisions = {t.info.name: t.decision for c in plan.components for t in c.tensors if c.source.name == "transformer"}
+    kept = decisions["condition_embedder.time_embedder.linear_1.weight"]
+    assert (kept.fp8, kept.why) == (False, "the component's class keeps it in float32")
+    assert decisions["blocks.0.ffn.net.2.weight"].fp8
+
+
+def test_a_folder_beside_its_config_for_a_base_of_one_component(tmp_path: Path) -> None:
+    """What the config says of blocks is believed, and a base with one component leaves no choice."""
+    made = foreign.blocks(weights(), linears(weights()))
+    (tmp_path / "source").mkdir()
+    as_file(made, tmp_path / "source" / SHARD)
+    (tmp_path / "source" / "config.json").write_text(json.dumps({"quantization_config": made.config}))
+    plan = plan_import_checkpoint(tmp_path / "source", base=saved("z_image") / "transformer")
+    assert plan.components[0].source.name == ""
+    assert not any("128x128 is assumed" in note for note in plan.notes)
+    as_file(made, tmp_path / "source" / "other.safetensors")
+    with pytest.raises(ConvertError, match=rf"is in both {SHARD} and other.safetensors of .*; keep one of them"):
+        plan_import_checkpoint(tmp_path / "source", base=saved("z_image"))
+
+
+def test_folders_that_say_what_they_are(tmp_path: Path) -> None:
+    made = foreign.comfyui(weights(), linears(weights()))
+    (tmp_path / "weights").mkdir()
+    with pytest.raises(ConvertError, match=r"has no .safetensors files; give one, or a folder of them"):
+        plan_import_checkpoint(tmp_path / "weights", base=saved("z_image"))
+    as_file(made, tmp_path / "weights" / "z.safetensors")
+    with pytest.raises(ConvertError, match="holds weights alone; name with --base"):
+        plan_import_checkpoint(tmp_path / "weights")
+    with pytest.raises(ConvertError, match="is its own base; drop --component"):
+        plan_import_checkpoint(saved("z_image"), component="transformer")
+    convert(saved("z_image") / "transformer", tmp_path / "fp8")
+    with pytest.raises(ConvertError, match="was converted by fp8-convert, and there is nothing to import"):
+        plan_import_checkpoint(tmp_path / "fp8", base=saved("z_image"))
+
+
+def test_a_base_whose_record_was_edited(tmp_path: Path) -> None:
+    file = as_file(foreign.comfyui(weights(), linears(weights())), tmp_path / "z.safetensors")
+    convert(saved("z_image") / "transformer", tmp_path / "base")
+    record = tmp_path / "base" / RECORD
+    record.write_text(record.read_text().replace('"compact": false', '"compact": true'))
+    for door in (lambda: plan_import_checkpoint(file, base=tmp_path / "base"), lambda: dequantize(record.parent, "x")):
+        with pytest.raises(ConvertError, match=r"fp8_convert\.json.* was changed since it was written"):
+            door()
+
+
 def test_sources_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "model.pt").write_bytes(b"PK")
     os.mkfifo(tmp_path / "fifo.safetensors")
@@ -579,6 +658,22 @@ def test_a_damaged_base_is_not_passed_on(tmp_path: Path, path: str, message: str
     with pytest.raises(ConvertError, match=message):
         import_checkpoint(file, tmp_path / "out", base=tmp_path / "base")
     assert not (tmp_path / "out" / RECORD).exists()
+
+
+def test_a_folder_of_one_file_of_this_projects_own(tmp_path: Path) -> None:
+    """A component that was converted without its pipeline has no name in the record: its tensors tell what it is."""
+    convert(saved("wan22") / "transformer", tmp_path / "comfyui", target="comfyui")
+    [file] = (tmp_path / "comfyui" / "diffusion_models").iterdir()
+    wan: dict[str, Any] = {"base": saved("wan22")}
+    import_checkpoint(file, tmp_path / "by-file", component="transformer_2", **wan)
+    import_checkpoint(tmp_path / "comfyui", tmp_path / "by-folder", component="transformer_2", **wan)
+    ours, theirs = (tmp_path / out / "transformer_2" / SHARD for out in ("by-folder", "by-file"))
+    assert ours.read_bytes() == theirs.read_bytes()
+    with pytest.raises(ConvertError, match=r"could be transformer and transformer_2 of .*; say which one with"):
+        import_checkpoint(tmp_path / "comfyui", tmp_path / "out", **wan)
+    (tmp_path / "comfyui" / RECORD).unlink()
+    with pytest.raises(ConvertError, match=rf"has no .safetensors files but in folders; give one, such as {file}"):
+        import_checkpoint(tmp_path / "comfyui", tmp_path / "out", **wan)
 
 
 def test_a_damaged_source_of_this_projects_own(tmp_path: Path) -> None:

@@ -108,6 +108,20 @@ def test_wan_has_a_lora_for_each_of_its_dits(tmp_path: Path, style: str) -> None
         same_weights(tmp_path / "ours", tmp_path / "theirs", component)
 
 
+def test_a_dit_that_alone_is_asked_for_needs_no_name(tmp_path: Path) -> None:
+    file = write(tmp_path / "low.safetensors", prefixed("transformer.", pairs(shapes("wan22"))))
+    named = f"transformer_2={file}"
+    convert(saved("wan22"), tmp_path / "named", components=["transformer_2"], merge_lora=[named])
+    convert(saved("wan22"), tmp_path / "ours", components=["transformer_2"], merge_lora=[file])
+    for component in ("transformer", "transformer_2"):
+        same_weights(tmp_path / "ours", tmp_path / "named", component)
+    assert verify(tmp_path / "ours", source=saved("wan22"), merge_lora=[file]).ok
+    converted = load_component(tmp_path / "ours", "transformer_2", device="cpu").state_dict()
+    config = {"merge_lora": [file]}
+    loaded = load_component(saved("wan22"), "transformer_2", device="cpu", quantization_config=config).state_dict()
+    assert all(torch.equal(value, converted[key]) for key, value in loaded.items())
+
+
 def test_fp32_weights(tmp_path: Path) -> None:
     """As Wan2.2 is published: nothing is rounded but to float32, and A and B stay as they are."""
     source = saved("wan22", fp32_dits=True)
@@ -284,6 +298,8 @@ def test_a_component_on_its_own(tmp_path: Path, style: Path) -> None:
     convert(saved("z_image") / "transformer", tmp_path / "alone", merge_lora=[style])
     for path in (tmp_path / "alone").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "whole/transformer" / path.name).read_bytes()
+    with pytest.raises(ConvertError, match=r"is a component on its own, so the LoRA style.safetensors needs no name"):
+        plan_conversion(saved("z_image") / "transformer", merge_lora=[f"transformer={style}"])
 
 
 def test_the_helper_fuses(tmp_path: Path, style: Path) -> None:

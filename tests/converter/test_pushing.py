@@ -15,11 +15,21 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from foreign import WRITERS, as_file, linears
 from hub_server import Fault, HubServer, running_hub
 from huggingface_hub import HfApi, snapshot_download
 from pipelines import copied, saved
+from safetensors.torch import load_file
 
-from fp8_convert.converter import ConvertError, ResumableError, convert, push, verify
+from fp8_convert.converter import (
+    ConvertError,
+    ResumableError,
+    convert,
+    dequantize,
+    import_checkpoint,
+    push,
+    verify,
+)
 from fp8_convert.converter.cli.commands import main
 from fp8_convert.converter.snapshot.access import HubAccess
 from fp8_convert.loader import load_component, load_pipeline
@@ -128,6 +138,39 @@ def test_a_download_can_be_pushed_again(hub: HubServer, out: Path, tmp_path: Pat
     again = push(folder, "me/copy")
     assert again.files.keys() == first.files.keys()
     assert on_hub(tmp_path / "copy", "me/copy")["README.source.md"] == CARD.encode()
+
+
+def test_what_is_made_of_a_download_has_the_sources_card(hub: HubServer, out: Path, tmp_path: Path) -> None:
+    """The FP8 snapshot's own card says nothing true of its dequantised weights, or of an import that it lends files."""
+    push(out, REPO)
+    download = Path(snapshot_download(REPO, local_dir=tmp_path / "download"))
+    notes = dequantize(download, tmp_path / "plain").notes
+    assert notes == ("README.md is left out: it presents the FP8 snapshot, and the source's card takes its place",)
+    dequantize(out, tmp_path / "expected")
+    assert contents(tmp_path / "plain") == contents(tmp_path / "expected")
+    convert(tmp_path / "plain", tmp_path / "again")
+    assert "README.source.md" in push(tmp_path / "again", REPO, dry_run=True).files
+    weights = load_file(tmp_path / "plain" / DIT)
+    file = as_file(WRITERS["ComfyUI"](weights, linears(weights)), tmp_path / "z.safetensors")
+    import_checkpoint(file, tmp_path / "expected-import", base=out)
+    files = contents(tmp_path / "expected-import")
+    for number, base in enumerate((download, REPO)):
+        result = import_checkpoint(file, tmp_path / f"import-{number}", base=base)
+        assert notes[0] in result.plan.notes
+        given = contents(tmp_path / f"import-{number}")
+        assert given.keys() == files.keys()
+        assert [path for path in files if given[path] != files[path]] == [RECORD][:number]  # the base's Hub id
+        assert verify(tmp_path / f"import-{number}").ok
+
+
+def test_a_card_of_an_fp8_snapshot_alone_is_left_out(hub: HubServer, tmp_path: Path) -> None:
+    convert(saved("z_image") / "transformer", tmp_path / "dit")
+    push(tmp_path / "dit", "me/dit")
+    download = Path(snapshot_download("me/dit", local_dir=tmp_path / "download"))
+    assert dequantize(download, tmp_path / "plain").notes == ("README.md is left out: it presents the FP8 snapshot",)
+    assert not [path for path in contents(tmp_path / "plain") if "README" in path]
+    (download / "README.source.md").write_text("of nobody")  # no push puts it there where the source has no card
+    assert "README.source.md is not in the record, and is copied as it is" in dequantize(download, tmp_path / "b").notes
 
 
 def test_the_cards_snippet_loads_it(hub: HubServer, out: Path) -> None:

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from loras import State, adapter_metadata, kohya, pairs, prefixed, write
-from pipelines import saved
+from pipelines import copied, saved
+from safetensors.torch import load_file, save_file
 
 from fp8_convert.converter import ConvertError, plan_conversion
+from fp8_convert.converter.format.header import TensorInfo, encode_header
 from fp8_convert.converter.plan.lora import Lora, read_lora
 from fp8_convert.converter.plan.lora_request import LoraRequest
 from fp8_convert.converter.snapshot.describing import describe
@@ -98,6 +100,10 @@ def test_a_peft_adapter_has_its_alpha_in_its_config(tmp_path: Path, snapshot: Sn
     lora = read(file, snapshot)
     assert {change.factor for change in lora.changes.values()} == {0.5}
     assert lora.config_sha256 is not None
+    for text, message in (("{", "is not valid JSON.*; give the file as it was trained"), ("[]", "is no JSON object")):
+        config.write_text(text)
+        with pytest.raises(ConvertError, match=rf"adapter_config\.json {message}"):
+            read(file, snapshot)
     config.write_text(json.dumps({"r": 8, "lora_alpha": 2}))
     assert read(file, snapshot).to_json() != lora.to_json()  # what changes bytes is in the record
 
@@ -117,6 +123,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "modules": ({"modules_to_save": ["proj_out"]}, "was trained with modules_to_save"),
     "unknown": ({"use_tomorrow": 1}, "was trained with use_tomorrow"),
     "rslora": ({"use_rslora": "false"}, "has the use_rslora 'false', which is neither true nor false"),
+    "patterns": ({"alpha_pattern": ["to_q"]}, r"has the alpha_pattern \"\['to_q'\]\""),
     "regex": ({"alpha_pattern": {"(a+)+$": 4}}, r"has the alpha_pattern '\(a\+\)\+\$'"),
 }
 
@@ -143,6 +150,10 @@ REFUSED: dict[str, tuple[State, str]] = {
     "negative": ({"transformer.x.alpha": torch.tensor(-1.0)}, "is no single number from 0 up"),
     "nan": ({"transformer.x.lora_A.weight": ONE * float("nan")}, "holds NaN or Inf; give another file"),
     "fp8": ({"transformer.x.lora_A.weight": ONE.to(torch.float8_e4m3fn)}, r"is F8_E4M3 \[8, 256\], and a LoRA's"),
+    "convolution": (
+        {f"transformer.x.lora_{part}.weight": torch.ones(8, 8, 1, 1) for part in "AB"},
+        "are not those of a linear layer's LoRA; only linear layers can be merged",
+    ),
     "none": ({}, "holds no tensors"),
 }
 
@@ -166,6 +177,49 @@ def test_what_peft_writes_itself_is_plain(tmp_path: Path, snapshot: Snapshot) ->
     write(file, prefixed("base_model.model.", pairs(QWEN)) | orphan)
     with pytest.raises(ConvertError, match=r"x, of the LoRA adapter_model.safetensors, has no matrices for its alpha"):
         read(file, snapshot)
+
+
+def test_names_of_a_component_on_its_own(tmp_path: Path) -> None:
+    """No converter of a pipeline's brings them into one form."""
+    alone = describe(LocalFiles(saved("qwen_image") / "transformer"))
+    both = pairs(QWEN) | prefixed("transformer.", pairs(QWEN))
+    with pytest.raises(ConvertError, match=r"x.safetensors has two pairs of matrices for transformer.+; give another"):
+        read(write(tmp_path / "x.safetensors", both), alone)
+    with pytest.raises(ConvertError, match=r"x.lora1.down.weight, of the LoRA x.safetensors, is no name of a LoRA's"):
+        read(write(tmp_path / "x.safetensors", {"x.lora1.down.weight": ONE}), alone)
+
+
+def test_a_pipeline_without_a_transformer(tmp_path: Path) -> None:
+    source = copied(saved("qwen_image"), tmp_path / "source")
+    index = json.loads((source / "model_index.json").read_text()) | {"transformer": [None, None]}
+    (source / "model_index.json").write_text(json.dumps(index))
+    file = write(tmp_path / "x.safetensors", prefixed("transformer.", pairs(QWEN)))
+    with pytest.raises(ConvertError, match=r"has no transformer for the LoRA x.safetensors; name the component that"):
+        read(file, describe(LocalFiles(source)))
+
+
+def test_weights_that_cannot_be_changed(tmp_path: Path) -> None:
+    source = copied(saved("qwen_image") / "transformer", tmp_path / "source")
+    shard, module = source / "diffusion_pytorch_model.safetensors", next(iter(QWEN))
+    save_file(load_file(shard) | {f"{module}.weight": torch.ones(256, 256, dtype=torch.float64)}, shard)
+    with pytest.raises(ConvertError, match=rf"changes {module}.weight, which is F64; only BF16, FP16 and FP32 weights"):
+        plan_conversion(source, merge_lora=[write(tmp_path / "x.safetensors", pairs(QWEN))])
+
+
+def test_a_file_whose_tensors_are_not_aligned(tmp_path: Path, snapshot: Snapshot) -> None:
+    """The format asks for no alignment of what follows an alpha of two bytes."""
+    state = pairs(QWEN)
+    read_aligned = read(write(tmp_path / "x.safetensors", state), snapshot)
+    infos, data = [], b""
+    for name, tensor in {f"{next(iter(QWEN))}.alpha": torch.tensor(8.0).bfloat16(), **state}.items():
+        raw = tensor.view(torch.int16 if tensor.dtype == torch.bfloat16 else torch.int32).numpy().tobytes()
+        dtype = "BF16" if tensor.dtype == torch.bfloat16 else "F32"
+        infos.append(TensorInfo(name, dtype, tuple(tensor.shape), len(data), len(data) + len(raw)))
+        data += raw
+    (tmp_path / "x.safetensors").write_bytes(encode_header(infos, {}) + data)
+    for where, change in read(tmp_path / "x.safetensors", snapshot).changes.items():
+        assert torch.equal(change.a, read_aligned.changes[where].a)
+        assert torch.equal(change.b, read_aligned.changes[where].b)
 
 
 def test_half_a_pair(tmp_path: Path, snapshot: Snapshot) -> None:

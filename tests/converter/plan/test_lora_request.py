@@ -51,6 +51,7 @@ def test_what_is_read(stated: Any) -> None:
         ["a.safetensors:0"],
         ["a.safetensors:1:2"],
         [Path("a.bin")],
+        [Path("a.safetensors:0.5")],  # a path is what it says
         [("a.safetensors:0.5", 2.0)],
         [("a.safetensors", "2")],
         [("a.safetensors", True)],

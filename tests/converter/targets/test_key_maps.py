@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -117,17 +118,14 @@ def map_of(name: str) -> KeyMap:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_names_and_shapes_come_back(name: str) -> None:
+def test_every_tensor_is_in_one_original(name: str) -> None:
     native = native_shapes(name)
 
     originals = map_of(name).to_original(native)
-    back = map_of(name).to_native({o.name: o.shape for o in originals})
 
-    spelled = {
-        n.replace("model.language_model.", "model.").replace("model.visual.", "visual."): s for n, s in native.items()
-    }
-    assert {n.name: n.shape for n in back} == spelled
-    assert [m for o in originals for m in o.members] == list(native) or name == "z-image"
+    assert sorted(m for o in originals for m in o.members) == sorted(native)
+    for original in originals:
+        assert math.prod(original.shape) == sum(math.prod(native[m]) for m in original.members), original.name
     assert len({o.name for o in originals}) == len(originals)
 
 
@@ -154,10 +152,6 @@ def test_rows_of_fused_tensors_are_in_diffusers_order() -> None:
 
     assert converted.keys() == native.keys()
     assert all(torch.equal(converted[key], native[key]) for key in native)
-    for part in found.to_native({name: tuple(value.shape) for name, value in fused.items()}):
-        whole = fused[part.original].contiguous().view(-1).view(torch.uint8)
-        start, stop = part.bytes_within(whole.numel())
-        assert torch.equal(whole[start:stop], native[part.name].contiguous().view(-1).view(torch.uint8)), part.name
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if MODELS[name][0] != "Qwen3ForCausalLM"])
@@ -186,8 +180,7 @@ def test_tiny_vaes_are_mapped_by_their_config() -> None:
             name: tuple(value.shape)
             for name, value in load_file(folder / "diffusion_pytorch_model.safetensors").items()
         }
-        originals = found.to_original(native)
-        assert {n.name: n.shape for n in found.to_native({o.name: o.shape for o in originals})} == native
+        assert sorted(m for o in found.to_original(native) for m in o.members) == sorted(native)
 
 
 def test_newer_spellings_of_text_encoders_are_read() -> None:
