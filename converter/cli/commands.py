@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import json
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 from click_default_group import DefaultGroup
@@ -19,14 +17,22 @@ from ..plan.recipe import ACTIVATION_SCHEMES, tool_version
 from ..plan.refused import PlanRefusedError
 from ..snapshot.access import HubAccess
 from ..targets.choosing import TARGETS
-from ..telling.errors import ConvertError
-from ..telling.progress import Progress, for_terminal
-from .stopping import Stopping
+from .options import (
+    compact_option,
+    hub_options,
+    ignored_layers_option,
+    json_option,
+    manifest_option,
+    quiet_option,
+    together,
+    weight_block_size_option,
+)
+from .quality import compare_command
+from .session import errors, progress_of
 
 # What a command does is imported in it: PyTorch takes seconds, and help and first words should not.
 
-F = TypeVar("F", bound=Callable[..., Any])
-_COMMANDS = ("convert", "inspect", "verify", "push", "dequantize", "import", "manifests", "demo")
+_COMMANDS = ("convert", "inspect", "verify", "compare", "push", "dequantize", "import", "manifests", "demo")
 
 
 class Commands(DefaultGroup):  # type: ignore[misc]
@@ -59,60 +65,23 @@ class Conversion(click.Command):
                 raise click.UsageError(f"{source!r} is not a folder; did you mean the command `fp8-convert {near[0]}`?")
 
 
-class Names(click.ParamType):  # type: ignore[type-arg]
-    """Names separated by commas."""
-
-    name = "a,b"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not isinstance(value, str):
-            return value
-        names = [name.strip() for name in value.split(",") if name.strip()]
-        if not names:
-            self.fail(f"{value!r} names nothing; drop the option or name a layer.", param, ctx)
-        return names
-
-
 @click.group(cls=Commands, default="convert", context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(tool_version(), "-V", "--version", prog_name="fp8-convert")
 def main() -> None:
     """FP8 checkpoints for diffusion pipelines."""
 
 
-def _json_option(function: F) -> F:
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")(function)
-
-
-def _quiet_option(function: F) -> F:
-    return click.option("-q", "--quiet", is_flag=True, help="Tell no progress and no notes; errors stay.")(function)
-
-
-def _hub_options(function: F) -> F:
-    """The options of HubAccess."""
-    for option in (
-        click.option("--variant", help="Take *.VARIANT.safetensors where a component has them, such as fp16."),
-        click.option("--local-files-only", is_flag=True, help="Use the Hub cache and make no connection."),
-        click.option("--cache-dir", type=click.Path(path_type=Path), help="Hub cache to use."),
-        click.option("--token", help="Hub token; by default the one you logged in with."),
-        click.option("--revision", help="Branch, tag or commit of the Hub repository."),
-    ):
-        function = option(function)
-    return function
+main.add_command(compare_command)
 
 
 @main.command("convert", cls=Conversion, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("source")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write the FP8 snapshot to.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, from headers alone; no weights are downloaded.")
-@_json_option
+@json_option
 @click.option("--quantization", type=click.Choice(["fp8"]), default="fp8", show_default=True, help="The format.")
-@click.option("--manifest", metavar="NAME|PATH", help="Rules to use; by default chosen by repo id and class names.")
-@click.option(
-    "--ignored-layers",
-    type=Names(),
-    multiple=True,
-    help="DiT layers to keep, beside the manifest's. Repeatable.",
-)
+@manifest_option
+@ignored_layers_option
 @click.option(
     "--component",
     "components",
@@ -120,10 +89,8 @@ def _hub_options(function: F) -> F:
     multiple=True,
     help="Convert only this one; others are copied (comfyui: left out). Repeatable.",
 )
-@click.option("--compact", is_flag=True, help="FP8 storage for the DiT layers that W8A8 must skip.")
-@click.option(
-    "--weight-block-size", type=int, nargs=2, metavar="N M", help="Block scales for the DiT, such as 128 128."
-)
+@compact_option
+@weight_block_size_option
 @click.option(
     "--activation-scheme",
     type=click.Choice(ACTIVATION_SCHEMES),
@@ -161,8 +128,8 @@ def _hub_options(function: F) -> F:
 @click.option("--max-shard-size", metavar="SIZE", help="Cut larger output files, as in diffusers: 5GB, 500MB.")
 @click.option("--force", is_flag=True, help="Replace a finished FP8 snapshot.")
 @click.option("--check", is_flag=True, help="If the snapshot is finished already, read it and compare its digests.")
-@_hub_options
-@_quiet_option
+@hub_options
+@quiet_option
 def convert_command(
     source: str,
     output: Path | None,
@@ -180,10 +147,10 @@ def convert_command(
       fp8-convert Qwen/Qwen-Image --dry-run
       fp8-convert ./my-pipeline -o out --ignored-layers img_mlp,transformer_blocks.0
     """
-    settings["ignored_layers"] = [name for names in ignored_layers for name in names]
+    settings["ignored_layers"] = together(ignored_layers)
     if not dry_run and output is None:
         raise click.UsageError("Name the output folder with -o, or pass --dry-run.")
-    with _errors("run the same command again to resume") as stopping, _progress(stopping, quiet) as progress:
+    with errors("run the same command again to resume") as stopping, progress_of(stopping, quiet) as progress:
         from .. import convert, plan_conversion
 
         if dry_run:
@@ -212,8 +179,8 @@ def convert_command(
 
 @main.command("inspect")
 @click.argument("source")
-@_hub_options
-@_json_option
+@hub_options
+@json_option
 def inspect_command(source: str, as_json: bool, **hub: Any) -> None:
     """Show what is FP8, what is not, and why: a folder, a Hub id (not downloaded) or a .safetensors file.
 
@@ -225,7 +192,7 @@ def inspect_command(source: str, as_json: bool, **hub: Any) -> None:
       fp8-convert inspect Qwen/Qwen-Image
       fp8-convert inspect flux1-dev-fp8.safetensors
     """
-    with _errors():
+    with errors():
         from .. import inspect
         from .render import render_inspection, terminal_width
 
@@ -243,9 +210,9 @@ def inspect_command(source: str, as_json: bool, **hub: Any) -> None:
 @click.option("--source", help="Folder or Hub id it was converted from: compare codes and scales with it.")
 @click.option("--manifest", metavar="NAME|PATH", help="The manifest it was converted with, if it was your own.")
 @click.option("--merge-lora", metavar="FILE[:SCALE]", multiple=True, help="With --source: each LoRA that was merged.")
-@_hub_options
-@_json_option
-@_quiet_option
+@hub_options
+@json_option
+@quiet_option
 def verify_command(
     path: Path,
     source: str | None,
@@ -266,7 +233,7 @@ def verify_command(
         raise click.UsageError(
             "Name the source with --source; --manifest, --merge-lora and the Hub's options say how to read it."
         )
-    with _errors() as stopping, _progress(stopping, quiet) as progress:
+    with errors() as stopping, progress_of(stopping, quiet) as progress:
         from .. import verify
         from .render import render_verification
 
@@ -288,8 +255,8 @@ def verify_command(
 @click.option("--message", help="The commit's message.")
 @click.option("--token", help="Hub token with write access; by default the one you logged in with.")
 @click.option("--dry-run", is_flag=True, help="Print the model card and what would be uploaded; no connection is made.")
-@_json_option
-@_quiet_option
+@json_option
+@quiet_option
 def push_command(path: Path, repo: str, as_json: bool, quiet: bool, **settings: Any) -> None:
     """Upload a converted snapshot to the Hub, with a model card of its own.
 
@@ -299,7 +266,7 @@ def push_command(path: Path, repo: str, as_json: bool, quiet: bool, **settings: 
       fp8-convert push qwen-image-fp8 me/qwen-image-fp8 --dry-run
     """
     advice = "run the same command again; what the Hub has is not sent twice"
-    with _errors(advice) as stopping, _progress(stopping, quiet) as progress:
+    with errors(advice) as stopping, progress_of(stopping, quiet) as progress:
         from .. import push
 
         pushed = push(path, repo, progress=progress, quiet=quiet, **settings)
@@ -323,8 +290,8 @@ def push_command(path: Path, repo: str, as_json: bool, quiet: bool, **settings: 
     show_default=True,
     help="Of the weights that are FP8; the others stay as they are.",
 )
-@_json_option
-@_quiet_option
+@json_option
+@quiet_option
 def dequantize_command(path: Path, output: Path, dtype: str, as_json: bool, quiet: bool) -> None:
     """Write an FP8 snapshot with plain weights, as stock diffusers and transformers load it.
 
@@ -332,7 +299,7 @@ def dequantize_command(path: Path, output: Path, dtype: str, as_json: bool, quie
     Example:
       fp8-convert dequantize qwen-image-fp8 -o qwen-image-bf16
     """
-    with _errors("run the same command again to resume") as stopping, _progress(stopping, quiet) as progress:
+    with errors("run the same command again to resume") as stopping, progress_of(stopping, quiet) as progress:
         from .. import dequantize
 
         result = dequantize(path, output, dtype=dtype, progress=progress)
@@ -345,12 +312,12 @@ def dequantize_command(path: Path, output: Path, dtype: str, as_json: bool, quie
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write the FP8 snapshot to.")
 @click.option("--base", metavar="FOLDER|HUB_ID", help="Snapshot that gives config, classes and other components.")
 @click.option("--component", metavar="NAME", help="Which of the base's components SOURCE is, if several fit.")
-@click.option("--manifest", metavar="NAME|PATH", help="Rules to use; by default chosen by repo id and class names.")
+@manifest_option
 @click.option("--dry-run", is_flag=True, help="Print the plan, from headers and scales alone.")
 @click.option("--force", is_flag=True, help="Replace a finished FP8 snapshot.")
-@_hub_options
-@_json_option
-@_quiet_option
+@hub_options
+@json_option
+@quiet_option
 def import_command(
     source: Path, output: Path | None, dry_run: bool, force: bool, as_json: bool, quiet: bool, **options: Any
 ) -> None:
@@ -363,7 +330,7 @@ def import_command(
     """
     if not dry_run and output is None:
         raise click.UsageError("Name the output folder with -o, or pass --dry-run.")
-    with _errors("run the same command again to resume") as stopping, _progress(stopping, quiet) as progress:
+    with errors("run the same command again to resume") as stopping, progress_of(stopping, quiet) as progress:
         from .. import import_checkpoint, plan_import_checkpoint
         from .render import render_plan, render_result, terminal_width
 
@@ -379,7 +346,7 @@ def import_command(
 
 
 @main.group("manifests", invoke_without_command=True)
-@_json_option
+@json_option
 @click.pass_context
 def manifests_command(context: click.Context, as_json: bool) -> None:
     """List the shipped manifests and what their rules rest on; show one, or check one against a model.
@@ -418,14 +385,14 @@ def manifests_command(context: click.Context, as_json: bool) -> None:
 
 @manifests_command.command("show")
 @click.argument("manifest", metavar="NAME|PATH")
-@_json_option
+@json_option
 def show_command(manifest: str, as_json: bool) -> None:
     """Print a manifest's TOML with the evidence of every pattern, to read or as a start for your own.
 
     \b
     Example: fp8-convert manifests show qwen-image > mine.toml
     """
-    with _errors():
+    with errors():
         from .. import load_manifest
 
         found = load_manifest(manifest)
@@ -435,15 +402,15 @@ def show_command(manifest: str, as_json: bool) -> None:
 @manifests_command.command("check")
 @click.argument("manifest", metavar="NAME|PATH")
 @click.argument("source")
-@_hub_options
-@_json_option
+@hub_options
+@json_option
 def check_command(manifest: str, source: str, as_json: bool, **hub: Any) -> None:
     """Show what each entry of a manifest matches in SOURCE; exit code 1 if one matches nothing that must.
 
     \b
     Example: fp8-convert manifests check mine.toml Qwen/Qwen-Image
     """
-    with _errors():
+    with errors():
         from .. import check_manifest
         from .render import render_manifest_check, terminal_width
 
@@ -468,28 +435,7 @@ def demo_command(output: Path) -> None:
     \b
     Example: fp8-convert demo
     """
-    with _errors():
+    with errors():
         from .demo import run_demo
 
         run_demo(output, click.echo)
-
-
-@contextlib.contextmanager
-def _errors(advice: str = "run the same command again") -> Iterator[Stopping]:
-    """Errors of the library become one sentence and exit code 1; signals stop cleanly; bugs show their traceback.
-
-    advice: what to do after a signal.
-    """
-    with Stopping(advice) as stopping:
-        try:
-            yield stopping
-        except ConvertError as error:
-            click.echo(f"error: {' '.join(str(error).splitlines())}", err=True)  # one line, whatever a name holds
-            sys.exit(1)
-
-
-@contextlib.contextmanager
-def _progress(stopping: Stopping, quiet: bool) -> Iterator[Progress]:
-    progress = for_terminal(quiet=quiet, on_start=stopping.working, on_finishing=stopping.finishing)
-    with contextlib.closing(progress):
-        yield progress

@@ -40,14 +40,15 @@ def html_table(caption: str, header: Sequence[str], rows: Iterable[Sequence[obje
     if len(below) > _ROWS:
         below = [*below[:_ROWS], f"… and {len(below) - _ROWS} more"]
     table = f"<table>{_row('th', header)}{''.join(body[:_ROWS])}</table>" if body else ""
-    return f"<div><b>{_cell(caption)}</b>{table}{''.join(f'<div>{_cell(note)}</div>' for note in below)}</div>"
+    return f"<div><b>{escaped(caption)}</b>{table}{''.join(f'<div>{escaped(note)}</div>' for note in below)}</div>"
 
 
 def _row(tag: str, cells: Iterable[object]) -> str:
-    return f"<tr>{''.join(f'<{tag}>{_cell(cell)}</{tag}>' for cell in cells)}</tr>"
+    return f"<tr>{''.join(f'<{tag}>{escaped(cell)}</{tag}>' for cell in cells)}</tr>"
 
 
-def _cell(value: object) -> str:
+def escaped(value: object) -> str:
+    """A value as text for HTML or SVG: short, printable, without markup."""
     return html.escape(_cut(_printable("" if value is None else str(value)), _LINE))
 
 

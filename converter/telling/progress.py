@@ -11,14 +11,19 @@ from typing import Protocol, TextIO
 
 from tqdm import tqdm
 
+BYTES = "B"
+
 
 def _nothing() -> None: ...
 
 
 class Progress(Protocol):
-    """What `convert` tells of its work; bytes are source bytes. `finishing`: from now on it is too late to stop."""
+    """What a long run tells of its work, in source bytes or in what `unit` says.
 
-    def start(self, total: int) -> None: ...
+    `finishing`: from now on it is too late to stop.
+    """
+
+    def start(self, total: int, unit: str = BYTES) -> None: ...
     def advance(self, count: int) -> None: ...
     def say(self, line: str) -> None: ...
     def finishing(self) -> None: ...
@@ -31,7 +36,7 @@ class Silent:
     def __init__(self, on_start: Callable[[], None] = _nothing, on_finishing: Callable[[], None] = _nothing) -> None:
         self._on_start, self._on_finishing = on_start, on_finishing
 
-    def start(self, total: int) -> None:
+    def start(self, total: int, unit: str = BYTES) -> None:
         self._on_start()
 
     def advance(self, count: int) -> None: ...
@@ -43,7 +48,7 @@ class Silent:
 
 
 class Bar(Silent):
-    """A tqdm bar with bytes, rate and time left."""
+    """A tqdm bar with what is done, rate and time left."""
 
     def __init__(
         self, out: TextIO, on_start: Callable[[], None] = _nothing, on_finishing: Callable[[], None] = _nothing
@@ -52,9 +57,12 @@ class Bar(Silent):
         self._out = out
         self._bar: tqdm[None] | None = None
 
-    def start(self, total: int) -> None:
-        super().start(total)
-        self._bar = tqdm(total=total, unit="B", unit_scale=True, file=self._out, dynamic_ncols=True)
+    def start(self, total: int, unit: str = BYTES) -> None:
+        super().start(total, unit)
+        of_bytes = unit == BYTES
+        self._bar = tqdm(
+            total=total, unit=unit if of_bytes else f" {unit}", unit_scale=of_bytes, file=self._out, dynamic_ncols=True
+        )
 
     def advance(self, count: int) -> None:
         if self._bar is not None:
@@ -82,11 +90,12 @@ class Lines(Silent):
         super().__init__(on_start, on_finishing)
         self._out, self._every_s = out, every_s
         self._total = self._done = 0
+        self._unit = BYTES
         self._started = self._last = time.monotonic()
 
-    def start(self, total: int) -> None:
-        super().start(total)
-        self._total, self._done = total, 0
+    def start(self, total: int, unit: str = BYTES) -> None:
+        super().start(total, unit)
+        self._total, self._done, self._unit = total, 0, unit
         self._started = self._last = time.monotonic()
 
     def advance(self, count: int) -> None:
@@ -96,7 +105,11 @@ class Lines(Silent):
             self._last = now
             rate = self._done / (now - self._started)
             left = (self._total - self._done) / rate if rate else 0.0
-            self.say(f"{self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB, {rate / 1e9:.2f} GB/s, {left:.0f} s left")
+            if self._unit == BYTES:
+                done = f"{self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB, {rate / 1e9:.2f} GB/s"
+            else:
+                done = f"{self._done} of {self._total} {self._unit}"
+            self.say(f"{done}, {left:.0f} s left")
 
     def say(self, line: str) -> None:
         print(line, file=self._out, flush=True)

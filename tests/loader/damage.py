@@ -2,7 +2,12 @@
 
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 SHARD = "transformer/diffusion_pytorch_model.safetensors"
 LAYER = "layers.0.attention.to_q"
@@ -22,3 +27,12 @@ def set_config(folder: Path, value: object) -> None:
     file = folder / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "quantization_config": value}))
+
+
+def rewrite(shard: Path, tensor: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Replace a tensor of a safetensors file by what `change` makes of it; all else, metadata included, stays."""
+    with safe_open(shard, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(shard)
+    tensors[tensor] = change(tensors[tensor].clone()).contiguous()
+    save_file(tensors, shard, metadata)

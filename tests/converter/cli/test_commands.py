@@ -307,7 +307,7 @@ def test_an_error_closes_the_progress_bar(tmp_path: Path, monkeypatch: pytest.Mo
         def close(self) -> None:
             events.append("closed")
 
-    monkeypatch.setattr("fp8_convert.converter.cli.commands.for_terminal", lambda **_: Recorded())
+    monkeypatch.setattr("fp8_convert.converter.cli.session.for_terminal", lambda **_: Recorded())
     assert "NaN" in run(source, "-o", tmp_path / "out", code=1).stderr
     assert events == ["closed"]
 
