@@ -80,6 +80,15 @@ def linear_times(m: int, k: int, n: int) -> dict[str, float]:
     rows = install(nn.Linear(k, n, device=DEVICE, dtype=torch.bfloat16), WeightFormat("w8a8"), device=DEVICE)
     fill(rows, weight)
     times["w8a8"] = median(lambda: rows(x))
+    static = install(
+        nn.Linear(k, n, device=DEVICE, dtype=torch.bfloat16),
+        WeightFormat("w8a8"),
+        device=DEVICE,
+        activation_scheme="static",
+    )
+    fill(static, weight)
+    static.get_buffer("input_scale").copy_(x.abs().max().float() / 448)
+    times["w8a8 static"] = median(lambda: static(x))
     groups = install(
         nn.Linear(k, n, device=DEVICE, dtype=torch.bfloat16), WeightFormat("w8a8", (128, 128)), device=DEVICE
     )

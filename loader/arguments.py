@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ..converter.telling.errors import SettingsError
+
 _DTYPES = {
     "bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float16": torch.float16, "fp16": torch.float16,
     "float32": torch.float32, "fp32": torch.float32, "float64": torch.float64,
@@ -76,11 +78,11 @@ def without_habits(
 def choose_dtype(dtype: Any, torch_dtype: Any) -> torch.dtype:
     """The dtype that `dtype`, or its older name `torch_dtype`, asks for; BF16 where neither does.
 
-    Raises ValueError for what is no floating-point dtype to compute in, and for two that differ.
+    Raises SettingsError (a ValueError) for what is no floating-point dtype to compute in, and for two that differ.
     """
     chosen = {_dtype(value) for value in (dtype, torch_dtype) if value is not None}
     if len(chosen) > 1:
-        raise ValueError(f"dtype is {dtype} and its older name torch_dtype is {torch_dtype}; pass dtype alone.")
+        raise SettingsError(f"dtype is {dtype} and its older name torch_dtype is {torch_dtype}; pass dtype alone.")
     return chosen.pop() if chosen else torch.bfloat16
 
 
@@ -94,17 +96,18 @@ def _dtype(value: Any) -> torch.dtype:
         why = "the file says FP8, which is not a dtype to compute in"
     else:
         why = "it is what everything that is not FP8 is held in, and what is computed in"
-    raise ValueError(f"dtype is {value!r:.80}: {why}; use torch.bfloat16 (the default), float16 or float32.")
+    raise SettingsError(f"dtype is {value!r:.80}: {why}; use torch.bfloat16 (the default), float16 or float32.")
 
 
 def choose_device(device: Any, device_map: Any) -> torch.device:
     """The one device that `device`, or from_pretrained's `device_map`, names; CUDA where there is one, else the CPU.
 
-    Raises ValueError for a map over several devices, for a device that is not there, and for two that differ.
+    Raises SettingsError (a ValueError) for a map over several devices, for a device that is not there, and for two that
+    differ.
     """
     chosen = {_device(value) for value in (device, _mapped(device_map)) if value is not None}
     if len(chosen) > 1:
-        raise ValueError(f"device is {device!r} and device_map is {device_map!r}; pass device alone.")
+        raise SettingsError(f"device is {device!r} and device_map is {device_map!r}; pass device alone.")
     return chosen.pop() if chosen else _device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -113,7 +116,7 @@ def _mapped(device_map: Any) -> Any:
     if isinstance(device_map, Mapping) and set(device_map) == {""}:
         return device_map[""]
     if isinstance(device_map, Mapping) or device_map in _STRATEGIES:
-        raise ValueError(f"device_map={device_map!r:.80} spreads a model over devices, but {_ONE_DEVICE}.")
+        raise SettingsError(f"device_map={device_map!r:.80} spreads a model over devices, but {_ONE_DEVICE}.")
     return device_map
 
 
@@ -121,15 +124,17 @@ def _device(value: Any) -> torch.device:
     try:
         found = torch.device("cuda", value) if type(value) is int else torch.device(value)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{value!r:.80} is not a device; use 'cuda', 'cuda:0' or 'cpu'.") from error
+        raise SettingsError(f"{value!r:.80} is not a device; use 'cuda', 'cuda:0' or 'cpu'.") from error
     if found.type == "cpu":
         return torch.device("cpu")
     if found.type != "cuda":
-        raise ValueError(f"Weights cannot be loaded onto {found.type!r}; use 'cuda' or 'cpu', and move the pipeline.")
+        raise SettingsError(
+            f"Weights cannot be loaded onto {found.type!r}; use 'cuda' or 'cpu', and move the pipeline."
+        )
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
-        raise ValueError(f"torch {torch.__version__} finds no CUDA device for {str(found)!r}; use device='cpu'.")
+        raise SettingsError(f"torch {torch.__version__} finds no CUDA device for {str(found)!r}; use device='cpu'.")
     index = torch.cuda.current_device() if found.index is None else found.index
     if not 0 <= index < count:
-        raise ValueError(f"There is no device {str(found)!r}; the last one is 'cuda:{count - 1}'.")
+        raise SettingsError(f"There is no device {str(found)!r}; the last one is 'cuda:{count - 1}'.")
     return torch.device("cuda", index)

@@ -28,6 +28,7 @@ from ..plan.plan import ComponentPlan
 from ..plan.planning import make_plan
 from ..plan.recipe import Recipe, recipe_sha256
 from ..plan.settings import Settings
+from ..plan.static import qualified
 from ..snapshot.access import HubAccess
 from ..snapshot.files import LocalFiles, content_sha256
 from ..snapshot.locate import describe_source, fetch, local_folder, open_files
@@ -285,14 +286,17 @@ def _native_scales(snapshot: Snapshot, scales: Mapping[str, float]) -> dict[str,
         names = key_map(component.class_name, component.config)
         for tensor in component.tensors if names is not None else ():
             module = tensor.name.removesuffix(layout.WEIGHT)
-            if names is not None and module != tensor.name and (scale := scales.get(names.original_module(module))):
-                found[module] = scale
+            if names is None or module == tensor.name:
+                continue
+            if scale := scales.get(qualified(component.name, names.original_module(module))):
+                found[qualified(component.name, module)] = scale
     return found
 
 
 def _stored_input_scales(root: Path, record: Record) -> dict[str, float]:
     scales = {}
-    for path in record.shards:
+    for path, shard in record.shards.items():
+        component = shard.component or path.rpartition("/")[0]
         header = read_header(root / path, path)
         fd = open_for_reading(root / path, path)
         try:
@@ -300,7 +304,8 @@ def _stored_input_scales(root: Path, record: Record) -> dict[str, float]:
                 if tensor.name.endswith(layout.INPUT_SCALE):
                     data = bytearray(4)
                     read_exactly(fd, memoryview(data), header.data_start + tensor.start, path)
-                    scales[tensor.name.removesuffix(layout.INPUT_SCALE)] = float(np.frombuffer(data, np.float32)[0])
+                    name = qualified(component, tensor.name.removesuffix(layout.INPUT_SCALE))
+                    scales[name] = float(np.frombuffer(data, np.float32)[0])
         finally:
             os.close(fd)
     return scales

@@ -27,12 +27,15 @@ from .options import (
     together,
     weight_block_size_option,
 )
-from .quality import compare_command
+from .quality import calibrate_command, compare_command, sensitivity_command
 from .session import errors, progress_of
 
 # What a command does is imported in it: PyTorch takes seconds, and help and first words should not.
 
-_COMMANDS = ("convert", "inspect", "verify", "compare", "push", "dequantize", "import", "manifests", "demo")
+_COMMANDS = (
+    "convert", "inspect", "verify", "compare", "sensitivity", "calibrate", "push", "dequantize", "import", "manifests",
+    "demo",
+)  # fmt: skip
 
 
 class Commands(DefaultGroup):  # type: ignore[misc]
@@ -71,7 +74,8 @@ def main() -> None:
     """FP8 checkpoints for diffusion pipelines."""
 
 
-main.add_command(compare_command)
+for _command in (compare_command, sensitivity_command, calibrate_command):
+    main.add_command(_command)
 
 
 @main.command("convert", cls=Conversion, context_settings={"help_option_names": ["-h", "--help"]})

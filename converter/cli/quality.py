@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -23,6 +24,11 @@ from .options import (
 from .session import errors, progress_of
 
 _CONTROLS = ("attention", "dtype", "batch", "none")
+_METHODS = ("max", "percentile", "mse")
+_UNITS = ("layer", "block", "pattern")
+_DTYPES = ("bfloat16", "float16", "float32")
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Argument(click.ParamType):  # type: ignore[type-arg]
@@ -40,19 +46,43 @@ class Argument(click.ParamType):  # type: ignore[type-arg]
             return name, text
 
 
+def _sampling_options(function: F) -> F:
+    """What is run, and where."""
+    whole = click.IntRange(1)
+    for option in reversed(
+        (
+            click.option(
+                "--prompts",
+                required=True,
+                type=click.Path(path_type=Path),
+                help="File of prompts: a line each, .json or .jsonl.",
+            ),
+            click.option("--seeds", type=whole, default=1, show_default=True, help="How many for each prompt."),
+            click.option("--steps", type=whole, help="Sampling steps; the pipeline's own number by default."),
+            click.option("--height", type=whole, help="Pixels."),
+            click.option("--width", type=whole, help="Pixels."),
+            click.option("--frames", type=whole, help="Of a video."),
+            click.option("--guidance", type=float, help="Scale of classifier-free guidance."),
+            click.option(
+                "--argument",
+                "extra",
+                type=Argument(),
+                multiple=True,
+                help="Another of the pipeline's call. Repeatable.",
+            ),
+            click.option(
+                "--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="Where pipelines run."
+            ),
+        )
+    ):
+        function = option(function)
+    return function
+
+
 @click.command("compare")
 @click.argument("fp8", metavar="[FP8]")
 @click.argument("original", required=False, metavar="ORIGINAL")
-@click.option(
-    "--prompts", required=True, type=click.Path(path_type=Path), help="File of prompts: a line each, .json or .jsonl."
-)
-@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="How many for each prompt.")
-@click.option("--steps", type=click.IntRange(1), help="Sampling steps; the pipeline's own number by default.")
-@click.option("--height", type=click.IntRange(1), help="Pixels.")
-@click.option("--width", type=click.IntRange(1), help="Pixels.")
-@click.option("--frames", type=click.IntRange(1), help="Of a video.")
-@click.option("--guidance", type=float, help="Scale of classifier-free guidance.")
-@click.option("--argument", "extra", type=Argument(), multiple=True, help="Another of the pipeline's call. Repeatable.")
+@_sampling_options
 @click.option(
     "--control",
     type=click.Choice(_CONTROLS),
@@ -67,7 +97,6 @@ class Argument(click.ParamType):  # type: ignore[type-arg]
     "--shown", type=click.IntRange(0), default=12, show_default=True, help="Cases on the page, the farthest first."
 )
 @click.option("--force", is_flag=True, help="Replace a file that is no page of compare.")
-@click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="Where pipelines run.")
 @click.option("--offload", is_flag=True, help="Keep components in the CPU's memory until they are needed.")
 @ignored_layers_option
 @compact_option
@@ -121,6 +150,90 @@ def compare_command(
         click.echo(json.dumps(found.to_json(), indent=2) if as_json else str(found))
         if not found.ok:
             sys.exit(1)
+
+
+@click.command("calibrate")
+@click.argument("original")
+@_sampling_options
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Safetensors file to write.")
+@click.option("--method", type=click.Choice(_METHODS), default="max", show_default=True, help="How ranges are chosen.")
+@click.option("--percentile", type=float, default=99.9, show_default=True, help="Of --method percentile.")
+@ignored_layers_option
+@click.option("--component", "components", metavar="NAME", multiple=True, help="Calibrate only this one. Repeatable.")
+@manifest_option
+@click.option("--dtype", type=click.Choice(_DTYPES), default="bfloat16", show_default=True, help="Of the pipeline.")
+@click.option("--force", is_flag=True, help="Replace the output file.")
+@hub_options
+@json_option
+@quiet_option
+def calibrate_command(original: str, as_json: bool, **options: Any) -> None:
+    """Run ORIGINAL and choose the static activation scale of every W8A8 layer, for --input-scales.
+
+    \b
+    Example:
+      fp8-convert calibrate Qwen/Qwen-Image --prompts prompts.txt -o scales.safetensors
+      fp8-convert Qwen/Qwen-Image -o out --activation-scheme static --input-scales scales.safetensors
+    """
+    with errors() as stopping, progress_of(stopping, options["quiet"]) as progress:
+        from ...loader import calibrate
+
+        found = calibrate(original, progress=progress, **_asked(options))
+        progress.close()
+        click.echo(json.dumps(found.to_json(), indent=2) if as_json else f"{found}\nwrote {options['output']}")
+
+
+@click.command("sensitivity")
+@click.argument("original")
+@_sampling_options
+@click.option("--fp8", metavar="SNAPSHOT", help="Measure this snapshot of ORIGINAL, and name its wrong layers.")
+@click.option("--by", type=click.Choice(_UNITS), default="layer", show_default=True, help="What is ranked as one.")
+@click.option("--budget", metavar="40dB|200MB", help="Propose what to keep: dB of the models' output, or bytes.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Manifest to write the proposal to.")
+@click.option("--check", is_flag=True, help="Also make every picture without and with the proposal.")
+@ignored_layers_option
+@click.option("--component", "components", metavar="NAME", multiple=True, help="Measure only this one. Repeatable.")
+@compact_option
+@weight_block_size_option
+@click.option("--input-scales", type=click.Path(path_type=Path), help="Measure static activations with these scales.")
+@manifest_option
+@click.option("--dtype", type=click.Choice(_DTYPES), help="Of the pipeline; float32 by default where it fits.")
+@click.option("--force", is_flag=True, help="Replace the output file.")
+@hub_options
+@json_option
+@quiet_option
+def sensitivity_command(original: str, as_json: bool, **options: Any) -> None:
+    """Rank ORIGINAL's layers by what FP8 of each does to the output, and propose what to keep for a budget.
+
+    Exit code 1 if a layer of --fp8 is not what FP8 of the original would be.
+
+    \b
+    Example:
+      fp8-convert sensitivity Qwen/Qwen-Image --prompts prompts.txt --steps 20 --budget 200MB -o mine.toml
+      fp8-convert Qwen/Qwen-Image -o out --manifest mine.toml
+      fp8-convert sensitivity Qwen/Qwen-Image --fp8 out --prompts prompts.txt --steps 20
+    """
+    if options["input_scales"] is not None:
+        options["activation_scheme"] = "static"
+    with errors() as stopping, progress_of(stopping, options["quiet"]) as progress:
+        from ...loader import sensitivity
+
+        found = sensitivity(original, progress=progress, **_asked(options))
+        progress.close()
+        click.echo(json.dumps(found.to_json(), indent=2) if as_json else str(found))
+        if options["output"] is not None and not as_json:
+            click.echo(f"wrote {options['output']}")
+        if not found.ok:
+            sys.exit(1)
+
+
+def _asked(options: dict[str, Any]) -> dict[str, Any]:
+    """The options as the functions take them."""
+    device = None if options["device"] == "auto" else options["device"]
+    return options | {
+        "ignored_layers": together(options["ignored_layers"]),
+        "extra": dict(options["extra"]),
+        "device": device,
+    }
 
 
 def _config(ignored_layers: list[str], block: tuple[int, int] | None) -> dict[str, Any]:

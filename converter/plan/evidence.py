@@ -1,7 +1,8 @@
 """What a manifest's lines of evidence rest on, summed up: the sources that they name, and how many name none.
 
-A line names its source as manifests/README.md says: `repo#number`, a document, a source file, or an attribute of the
-class; "our reasoning" and "our choice" mean that nothing was measured. A line that says "as …" rests on another.
+A line names its source as manifests/README.md says: `repo#number`, a document, a source file, an attribute of the
+class, or `fp8-convert sensitivity`, which measured it; "our reasoning" and "our choice" mean that nothing was measured.
+A line that says "as …" rests on another.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from .manifest import SECTIONS, ComponentRules, Manifest
 
 # In "vllm-omni#1414 and #3998" the second number is the first one's repository.
 _NUMBERS = re.compile(r"([\w.-]+(?:/[\w.-]+)?)?#(\d+)")
-_NAMED = re.compile(r"\b(?:[\w-]+/)*\w+\.(?:md|py)\b|\b_keep_in_fp32_modules\b|\b_skip_layerwise_casting_patterns\b")
+_NAMED = re.compile(
+    r"\b(?:[\w-]+/)*\w+\.(?:md|py)\b|\b_keep_in_fp32_modules\b|\b_skip_layerwise_casting_patterns\b"
+    r"|\bfp8-convert sensitivity\b"
+)
 _OURS = re.compile(r"our (?:reasoning|choice)")
 
 

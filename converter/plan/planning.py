@@ -27,6 +27,7 @@ from .recipe import Recipe
 from .refused import PlanRefusedError
 from .schedule import MEMORY, Memory
 from .single_files import single_files
+from .static import with_input_scales
 from .unquantized import check_unquantized
 
 _MOST_NOTES = 4  # on files that are left out for one reason
@@ -50,7 +51,8 @@ def make_plan(snapshot: Snapshot, recipe: Recipe, memory: Memory = MEMORY) -> Pl
     refusal = _refusal(snapshot, recipe, chosen, decisions, problems)
     notes += _coverage_notes(snapshot, recipe, chosen, decisions, problems)
     if refusal is None:
-        decisions = _with_input_scales(decisions, recipe)
+        decisions, unused = with_input_scales(decisions, recipe)
+        notes += unused
     if refusal is None and recipe.loras:
         decisions, merged = with_merges(decisions, snapshot, recipe, [n for n, rules in chosen.items() if rules])
         notes += merged
@@ -280,41 +282,3 @@ def _why_kept(component: Component, recipe: Recipe, components: Sequence[Compone
     if rules.mode != "keep" and (why := recipe.reader.why_kept(component, components)):
         return why
     return rules.why or f"the manifest {recipe.manifest.name} does not convert it"
-
-
-def _with_input_scales(
-    decisions: dict[str, dict[str, PlannedTensor]], recipe: Recipe
-) -> dict[str, dict[str, PlannedTensor]]:
-    """The decisions with the activation scale of every W8A8 module; a fusion group shares its maximum."""
-    if recipe.input_scales is None:
-        return decisions
-    given = recipe.input_scales
-    w8a8 = [t for tensors in decisions.values() for t in tensors.values() if t.decision.mode == layout.W8A8]
-    for tensor in w8a8:
-        if not tensor.decision.per_tensor:
-            native = recipe.reader is NATIVE
-            whose = f"The manifest {recipe.manifest.name}" if native else f"The target {recipe.target}"
-            option = "--manifest" if native else "--target"
-            raise ConvertError(
-                f"{whose} gives {tensor.module} {tensor.decision.scheme} scales, and static activations go with one "
-                f"scale per tensor; drop --activation-scheme static or pass another {option}."
-            )
-        if tensor.module not in given:
-            raise ConvertError(
-                f"The input scales lack {tensor.module}{layout.INPUT_SCALE}; calibrate it or name the layer in "
-                "--ignored-layers."
-            )
-    if unknown := sorted(set(given) - {t.module for t in w8a8}):
-        raise ConvertError(f"The input scales name {unknown[0]}, which is not a W8A8 layer of this plan; remove it.")
-    largest: dict[str, float] = defaultdict(float)
-    for tensor in w8a8:
-        domain = tensor.decision.group or tensor.module
-        largest[domain] = max(largest[domain], given[tensor.module])
-
-    def scaled(tensor: PlannedTensor) -> PlannedTensor:
-        if tensor.decision.mode != layout.W8A8:
-            return tensor
-        scale = largest[tensor.decision.group or tensor.module]
-        return replace(tensor, decision=replace(tensor.decision, input_scale=scale))
-
-    return {component: {n: scaled(t) for n, t in tensors.items()} for component, tensors in decisions.items()}

@@ -22,6 +22,7 @@ from ...converter.telling.errors import ConvertError, Fp8Error, SettingsError, o
 from ...converter.telling.progress import Progress, Silent, bars_of_libraries
 from ..arguments import choose_device, choose_dtype, without_habits
 from ..pipeline import load_pipeline
+from .asked import asked_prompts, asked_seeds
 from .compared import ComparedCase, Comparison, Controlled, Ran
 from .control import Control, changed, check_control, described
 from .findings import farness, limits, problems
@@ -29,7 +30,7 @@ from .machine import machine
 from .page import Page, View, open_page
 from .passes import Generate, Run, Shelf, free, run_cases
 from .pictures import Distance, Lpips, distance, load_lpips
-from .prompts import Prompt, read_prompts
+from .prompts import Prompt
 from .running import Case, Sampling, call_arguments, cases, generate
 from .sides import Placing, Side, open_sides
 from .weight_errors import LayerError, weight_errors
@@ -90,8 +91,8 @@ def compare(
     """
     placing, computing = _place(device, offload), _dtype(dtype)
     loading = without_habits(loading, _taken(load_pipeline), "compare", _taken(compare))
-    sampling = Sampling(steps, _seeds(seeds), height, width, frames, guidance, extra or {})
-    work = cases(_prompts(prompts), sampling)
+    sampling = Sampling(steps, asked_seeds(seeds), height, width, frames, guidance, extra or {})
+    work = cases(asked_prompts(prompts), sampling)
     _check_limits(fail_below, shown)
     page = None if output is None else open_page(output, force=force)
     access = HubAccess(revision, token, cache_dir, local_files_only, variant, quiet=quiet)
@@ -213,23 +214,6 @@ def _check_size(whose: str, found: Tensor, truth: Tensor, case: Case) -> None:
             f"For {case.label:.120}, {whose} gives frames of {one} (frames, height, width, channels) and the original "
             f"{other}; they cannot be compared: give height and width, or check that both are the same pipeline."
         )
-
-
-def _prompts(prompts: str | os.PathLike[str] | Sequence[str | Prompt]) -> tuple[Prompt, ...]:
-    if isinstance(prompts, str | os.PathLike):
-        return read_prompts(prompts)
-    found = tuple(Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts)
-    if not found or not all(isinstance(prompt, Prompt) for prompt in found):
-        raise SettingsError("prompts holds no prompt; give a file of prompts, or a list of texts.")
-    return found
-
-
-def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
-    if not isinstance(seeds, int):
-        return tuple(seeds)
-    if isinstance(seeds, bool) or seeds < 1:
-        raise SettingsError(f"seeds is {seeds!r}; give how many, at least 1, or a list of seeds.")
-    return tuple(range(seeds))
 
 
 def _check_limits(fail_below: float | None, shown: int) -> None:

@@ -46,3 +46,12 @@ why = "vllm-omni#3998 (our reasoning)"
     assert str(evidence(parse_manifest(own_manifests.text().encode(), "own.toml"))) == (
         "1 line: no source; 0 of our own reasoning"
     )
+
+
+def test_a_proposals_evidence_is_a_measurement() -> None:
+    rule = (
+        '[[components.transformer.ignored_layers]]\npattern = "b"\nwhy = "fp8-convert sensitivity: 5.1% of the error"\n'
+    )
+    found = evidence(parse_manifest((own_manifests.text() + rule).encode(), "own.toml"))
+    assert found.sources == ("fp8-convert sensitivity",)
+    assert found.ours == 0
