@@ -14,6 +14,7 @@ from .quality.comparison import compare
 from .quality.sensitivity import Sensitivity, sensitivity
 from .registration import register
 from .report import Report, report
+from .steps import set_high_precision_steps
 
 register()
 
@@ -30,4 +31,5 @@ __all__ = [
     "load_pipeline",
     "report",
     "sensitivity",
+    "set_high_precision_steps",
 ]

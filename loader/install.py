@@ -39,7 +39,9 @@ def install(
             raise TypeError(f"{where} has a forward of its own, which FP8 weights would bypass: ignore this layer")
         if how.mode == W8A8:
             made = become_fp8(module, W8A8LinearMixin, how, dtype, device, static)
-            cast(W8A8LinearMixin, made).backend = backend
+            linear = cast(W8A8LinearMixin, made)
+            linear.backend = backend
+            linear.high_precision = False  # of its own: one that comes and goes costs compiled code a third graph
             return made
         return become_fp8(module, StorageLinearMixin, how, dtype, device)
     if isinstance(module, (nn.Conv2d, nn.Conv3d)) and how.mode == STORAGE:

@@ -4,9 +4,9 @@
 
 x is [..., K] in bf16, fp16 or fp32, y [..., N] in the same dtype. Activations are quantised in each forward:
 a scale for each token where weights have one scale, or one for each row; for each 1x128 group of a token where
-they have blocks; or the checkpoint's one `input_scale` with the static scheme. Where no FP8 matrix product runs,
-or gradients are wanted, the weight is dequantised for this one forward and the activations stay as they are
-(`backend.py` decides and says why).
+they have blocks; or the checkpoint's one `input_scale` with the static scheme. Where no FP8 matrix product runs
+(`backend.py` decides and says why), gradients are wanted or the denoising step is to be of high precision (`steps.py`),
+the weight is dequantised for this one forward and the activations stay as they are.
 """
 
 import torch
@@ -31,6 +31,7 @@ class W8A8LinearMixin(Fp8Weight, nn.Linear):
 
     mode: Mode = "w8a8"  # type: ignore[misc]
     backend: Backend = "auto"
+    high_precision: bool = False
 
     @property
     def wanted(self) -> Product:
@@ -47,7 +48,7 @@ class W8A8LinearMixin(Fp8Weight, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.dtype_for(x)
-        product = self.wanted
+        product: Product = "dequantize" if self.high_precision else self.wanted
         if product != "dequantize":
             product = _product(
                 self.backend, product, x.device.type, x.device.index, self.out_features, self.in_features

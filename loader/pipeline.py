@@ -29,6 +29,7 @@ from .backend import Backend
 from .checkpoint import check_digests, fetched, is_converted, open_snapshot
 from .component import Target, load
 from .settings import Planned, Request, Wanted, plan_for
+from .steps import check_steps, set_high_precision_steps
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ def load_pipeline(
     verify: bool = False,
     strict: bool = True,
     backend: Backend = "auto",
+    high_precision_steps: tuple[int, int] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -67,6 +69,8 @@ def load_pipeline(
     snapshot there. verify: first check every digest, as `fp8-convert verify` does. strict: raise where the
     installed FP8 modules are not those that the record and config promise; else warn.
     backend: "auto", "scaled_mm" or "dequantize", for every W8A8 linear (`backend.py`).
+    high_precision_steps: (first, last): in so many first and last denoising steps of each run the W8A8 linears
+    dequantise (`steps.py`).
     revision, token, cache_dir, local_files_only, variant: as in huggingface_hub and diffusers.
     torch_dtype, device_map: diffusers' names for dtype and, where it names a single device, for device.
     pipeline_arguments: components to use instead of the snapshot's, and whatever else the pipeline class
@@ -84,6 +88,7 @@ def load_pipeline(
     if snapshot.pipeline is None:
         raise LoadError(f"{snapshot.label} is a single component, not a pipeline; use load_component.")
     taker = pipeline_class(snapshot.pipeline)
+    check_steps(high_precision_steps, taker)
     given = without_habits(pipeline_arguments, accepted_arguments(taker), taker.__name__, _options(load_pipeline))
     wanted = request.of(snapshot, files)
     if save_as is not None:
@@ -98,6 +103,8 @@ def load_pipeline(
         if component.name not in components and (component.name in planned or is_converted(component)):
             components[component.name] = load(component, root, planned, target)
     pipe = assemble(root, components, target.dtype, variant).to(target.device)
+    if high_precision_steps is not None:
+        set_high_precision_steps(pipe, high_precision_steps)
     _log(type(pipe).__name__, snapshot, root, target.device)
     return pipe
 

@@ -1,7 +1,7 @@
 """`report(pipe)`: what was promised FP8, what is installed, the bytes, and which matrix product runs and why."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
 from importlib.metadata import version
@@ -13,6 +13,7 @@ from torch import nn
 from ..converter.telling.notebook import Brief
 from .checkpoint import Fp8Modules
 from .linear import W8A8LinearMixin
+from .steps import HighPrecisionSteps, high_precision_steps_of
 from .weights import Fp8Weight
 
 
@@ -57,11 +58,15 @@ class ComponentReport(Brief):
 
 @dataclass(frozen=True, repr=False)
 class Report(Brief):
-    """A pipeline's components. Printing it is what belongs into a bug report."""
+    """A pipeline's components. Printing it is what belongs into a bug report.
+
+    high_precision_steps: (first, last), the steps of each run in which the W8A8 linears dequantise; None is no such.
+    """
 
     pipeline: str
     components: tuple[ComponentReport, ...]
     versions: Mapping[str, str]
+    high_precision_steps: tuple[int, int] | None = None
 
     @property
     def ok(self) -> bool:
@@ -76,7 +81,14 @@ class Report(Brief):
     def to_json(self) -> dict[str, Any]:
         """Everything, for scripts: what `json.dumps` takes."""
         components = [component.to_json() for component in self.components]
-        return {"ok": self.ok, "pipeline": self.pipeline, "versions": dict(self.versions), "components": components}
+        steps = self.high_precision_steps
+        return {
+            "ok": self.ok,
+            "pipeline": self.pipeline,
+            "versions": dict(self.versions),
+            "high_precision_steps": None if steps is None else [*steps],
+            "components": components,
+        }
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{c.name} {_counts(c)}" for c in self.components if _modes(c))
@@ -121,8 +133,9 @@ def report(pipe: Any) -> Report:
     parts = {"": pipe} if isinstance(pipe, nn.Module) else getattr(pipe, "components", {})
     modules = {name or type(part).__name__: part for name, part in parts.items() if isinstance(part, nn.Module)}
     versions = {name: version(name) for name in ("fp8-convert", "torch", "diffusers", "transformers")}
-    described = tuple(_component(name, part) for name, part in modules.items())
-    return Report(type(pipe).__name__, described, versions)
+    policy = high_precision_steps_of(pipe)
+    described = tuple(_component(name, part, policy) for name, part in modules.items())
+    return Report(type(pipe).__name__, described, versions, (policy.first, policy.last) if policy else None)
 
 
 def _modes(component: ComponentReport) -> list[str]:
@@ -145,7 +158,7 @@ def _remarks(component: ComponentReport) -> list[str]:
     ]
 
 
-def _component(name: str, model: nn.Module) -> ComponentReport:
+def _component(name: str, model: nn.Module, policy: HighPrecisionSteps | None) -> ComponentReport:
     quantizer = getattr(model, "hf_quantizer", None)
     promised: Fp8Modules = getattr(quantizer, "fp8", Fp8Modules({}, {}))
     own: Mapping[str, str] = getattr(quantizer, "names", {})
@@ -174,8 +187,16 @@ def _component(name: str, model: nn.Module) -> ComponentReport:
         at_rest,
         at_rest - scales + codes,
         products,
-        _notes(model),
+        (*_steps(policy, products), *_notes(model)),
     )
+
+
+def _steps(policy: HighPrecisionSteps | None, products: Counter[str]) -> Iterator[str]:
+    """How many of a component's linears change their product from step to step."""
+    if policy is None or not products:
+        return
+    switched = sum(count for product, count in products.items() if not product.startswith("dequantize: "))
+    yield f"{switched or 'no'} linears {policy}{'' if switched else ': all of them always do'}"
 
 
 def _notes(model: nn.Module) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...converter.telling.errors import ConvertError
+from ...converter.telling.errors import ConvertError, one_clause
 from ...converter.telling.progress import Progress
 from ..report import report
 from .running import Case, Generated
@@ -62,8 +62,8 @@ class Shelf:
             np.save(self._path(whose, number), frames.numpy())
         except OSError as error:
             raise ConvertError(
-                f"The pictures cannot be kept in {self._folder.parent} ({error.strerror}) until they are compared; set "
-                "TMPDIR to a folder with room and run again."
+                f"The pictures cannot be kept in {self._folder.parent} ({error.strerror or one_clause(error)}) until they "
+                "are compared; set TMPDIR to a folder with room and run again."
             ) from error
 
     def get(self, whose: str, number: int) -> Tensor:

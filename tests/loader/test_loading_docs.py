@@ -23,7 +23,7 @@ def test_snippets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     adapter = {f"{layer}.lora_A.weight": torch.ones(4, 256), f"{layer}.lora_B.weight": torch.ones(256, 4)}
     save_file(adapter, "adapters/one.safetensors")
     snippets = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
-    assert len(snippets) == 8
+    assert len(snippets) == 10
     names: dict[str, Any] = {}
     for snippet in snippets:
         shutil.rmtree("qwen-image-fp8", ignore_errors=True)

@@ -78,6 +78,7 @@ def test_scripts_get_everything() -> None:
         "ok": False,
         "pipeline": "P",
         "versions": {},
+        "high_precision_steps": None,
         "components": [
             {
                 "ok": False, "name": "<vae>", "class_name": "A&B", "device": "cpu", "dtype": "torch.bfloat16",
