@@ -2,8 +2,9 @@
 
     python benchmarks/convert.py [--gigabytes 2] [--peers FOLDER] [--json FILE]
 
-The limit is the same pipeline with the conversion off: same reads, hashes, copies, writes, syncs and re-reads. Each
-conversion runs in a process of its own, cold (source dropped from the page cache) and warm, and its output is checked.
+The limit is the same pipeline with the conversion off: same reads, hashes, copies, writes, syncs and re-reads.
+Unmeasured is the conversion without the errors of weights. Each runs in a process of its own, cold (source dropped from
+the page cache) and warm, and its output is checked.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from fp8_convert.converter.stream import compiled as native
 
 CASE = Path(__file__).with_name("convert_case.py")
 SCHEMES: dict[str, list[int] | None] = {"tensor": None, "block": [128, 128]}
+OURS = ("ours", "unmeasured", "limit")
 PEERS = ("llm_compressor", "convert_to_quant")
 MEASURES = (
     "seconds",
@@ -70,7 +72,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
         for scheme in options.schemes:
             for cache in options.caches:
                 for device in devices:
-                    for tool in ("ours", "limit"):
+                    for tool in OURS:
                         yield Case(tool, device, source, scheme, cache)
                 if (source, cache) != (options.sources[0], options.caches[0]):
                     continue
@@ -93,7 +95,7 @@ def run(case: Case, source: Path, options: argparse.Namespace, outputs: dict[tup
         "block": SCHEMES[case.scheme],
         "device": case.device,
     }
-    if options.workers and case.tool in ("ours", "limit"):
+    if options.workers and case.tool in OURS:
         arguments["workers"] = options.workers
     child = subprocess.run(
         [str(_python(options, case.tool)), "-W", "ignore", str(CASE), json.dumps(arguments)],
@@ -107,7 +109,7 @@ def run(case: Case, source: Path, options: argparse.Namespace, outputs: dict[tup
     result["output_cached"] = cached_bytes(output)
     key = case.source, case.scheme
     sizes = {p.name: p.stat().st_size for p in output.glob("*.safetensors")}
-    if case.tool == "ours":
+    if case.tool in ("ours", "unmeasured"):
         digests = {p.name: _sha256(p) for p in output.glob("*.safetensors")}
         if outputs.setdefault(key, (digests, sizes)) != (digests, sizes):
             raise SystemExit(f"{case} wrote other bytes than the run before")
@@ -239,7 +241,7 @@ def main() -> None:
     result: dict[str, Any] = {"machine": machine(), "source_bytes": sizes}
     for repeat in range(options.repeats):  # ours and the limit take turns, so that a slow minute hits both
         for case in done:
-            if repeat == 0 or case.tool in ("ours", "limit"):
+            if repeat == 0 or case.tool in OURS:
                 run(case, sources[case.source], options, outputs)
                 print(f"{repeat + 1}/{options.repeats} {case.source} {case.scheme} {case.cache} {case.tool} "
                       f"{case.device}: {case.runs[-1]['seconds']:.2f} s", file=sys.stderr)  # fmt: skip
@@ -255,7 +257,7 @@ def main() -> None:
 
 def machine() -> dict[str, Any]:
     found = {"cpus": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
-    found |= {"compiled": native.compiled()}
+    found |= {"compiled": native.available()}
     return {**found, "gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else found
 
 

@@ -42,16 +42,25 @@ def limit(source: Path, output: Path, **options: Any) -> Run:
     from fp8_convert.converter.stream import measuring
     from fp8_convert.converter.stream import shard_stream as stream
 
-    def no_codes(x: Any, scale: Any, out: Any = None) -> Any:
+    def no_codes(x: Any, scale: Any, out: Any = None, missed: Any = None) -> Any:
         return x.view(stream.torch.uint8).view(-1)[: x.numel()]
 
-    def no_blocks(x: Any, block: tuple[int, int], out: Any = None) -> Any:
+    def no_blocks(x: Any, block: tuple[int, int], out: Any = None, missed: Any = None) -> Any:
         rows, columns = (-(-size // edge) for size, edge in zip(x.shape, block, strict=True))
         return no_codes(x.view(-1), 1), np.ones((rows, columns), np.float32), True
 
     stream.amax = measuring.amax = lambda x: 1.0
     stream.quantize_tensor = no_codes
     stream.quantize_blocks = no_blocks
+    return ours(source, output, **options)
+
+
+def unmeasured(source: Path, output: Path, **options: Any) -> Run:
+    """The same conversion without the errors of weights."""
+    from fp8_convert.converter.output import run
+
+    measured = run.convert_component
+    run.convert_component = lambda *arguments, with_errors, **how: measured(*arguments, **how)
     return ours(source, output, **options)
 
 
@@ -104,7 +113,7 @@ def convert_to_quant(source: Path, output: Path, *, block: list[int] | None, dev
     return run
 
 
-CASES = {f.__name__: f for f in (ours, limit, naive, llm_compressor, convert_to_quant)}
+CASES = {f.__name__: f for f in (ours, unmeasured, limit, naive, llm_compressor, convert_to_quant)}
 
 
 def measure(run: Run) -> dict[str, float]:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .checks.weight_errors import LayerError, layer_errors
 from .format import layout
 from .format.header import TensorInfo, read_header
 from .format.record import Record, RecordedComponent, RecordedLora, read_record, record_problem
@@ -75,13 +76,17 @@ class Group(Brief):
 
 @dataclass(frozen=True, repr=False)
 class ComponentView(Brief):
-    """One component as it is on disk. `problems` are sentences, one for each kind of problem."""
+    """One component as it is on disk. `problems` are sentences, one for each kind of problem.
+
+    errors: what the codes of its FP8 modules miss of their source, where the record says so.
+    """
 
     name: str
     class_name: str | None
     quant_method: str | None
     groups: tuple[Group, ...]
     problems: tuple[str, ...]
+    errors: tuple[LayerError, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -134,6 +139,11 @@ class Inspection:
     def ok(self) -> bool:
         """Whether it is whole and no problem was found."""
         return bool(self.components) and not any(c.problems for c in self.components)
+
+    def worst(self, count: int | None = None) -> list[tuple[str, LayerError]]:
+        """Components and layers by their SQNR by row, the lowest first; None for all of them."""
+        layers = [(component.name, layer) for component in self.components for layer in component.errors]
+        return sorted(layers, key=lambda named: named[1].badness, reverse=True)[:count]
 
     def to_json(self) -> dict[str, Any]:
         """The same for scripts."""
@@ -234,7 +244,8 @@ def _view(component: Component, record: RecordedComponent | None, *, alone: bool
         problems += _contradictions(component, config, bool(scales))
     method = config.get("quant_method")
     method = method if isinstance(method, str) else None
-    return ComponentView(component.name, component.class_name, method, tuple(groups), tuple(problems))
+    errors = layer_errors(component, record, fp8, single=alone) if record is not None else ()
+    return ComponentView(component.name, component.class_name, method, tuple(groups), tuple(problems), errors)
 
 
 def _read(component: Component) -> Fp8Component:

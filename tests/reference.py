@@ -124,3 +124,21 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     header.pop("__metadata__", None)
     data = raw[8 + length :]
     return {n: (e["dtype"], tuple(e["shape"]), data[slice(*e["data_offsets"])]) for n, e in header.items()}
+
+
+def weight_error(values: Floats, codes: Codes, scales: Floats) -> dict[str, float | None]:
+    """What codes [N, K] miss of values [N, K], in float64; scales are those of each element, or broadcast to them."""
+    decoded = np.array([decode(code) for code in range(256)])[codes] * scales.astype(np.float64)
+    signal = np.square(values.astype(np.float64))
+    noise = np.square(values.astype(np.float64) - decoded)
+    some = signal.sum(1) > 0
+    by_row = noise.sum(1)[some] / signal.sum(1)[some]
+    return {
+        "sqnr_db": float(10 * np.log10(signal.sum() / noise.sum())) if noise.any() else None,
+        "row_sqnr_db": float(-10 * np.log10(by_row.mean())) if noise.any() else None,
+        "row_error": float(np.sqrt(by_row.max(initial=0))),
+        "weights": values.size,
+        "saturated": int((codes & 0x7F == 0x7E).sum()),
+        "subnormal": int(((codes & 0x7F > 0) & (codes & 0x7F < 8)).sum()),
+        "vanished": int(((codes & 0x7F == 0) & (values != 0)).sum()),
+    }

@@ -56,6 +56,7 @@ def test_fields_of_the_record(record: dict[str, Any]) -> None:
         "key of `source`": record["source"],
         "key of `recipe`": record["recipe"],
         "key of a component": component,
+        "key of an error": first(component["errors"]),
         "key of a decision": component["decisions"][0],
         "key of a shard": first(record["shards"]),
         "key of a file": first(record["files"]),

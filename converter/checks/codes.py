@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Collection, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from ..format.record import RecordedError
 from ..plan.plan import ComponentPlan, Plan, ShardPlan
 from ..plan.sharding import OutputFile
-from ..stream.component_stream import convert_component
+from ..stream.component_stream import ShardStream, convert_component
 from ..stream.engine import Engine
 from ..stream.reading import open_for_reading, read_exactly
 from ..stream.shard_stream import Chunk
@@ -20,10 +22,23 @@ from ..telling.errors import ConvertError
 from .finding import Finding
 
 
+@dataclass
+class Read:
+    """What reading source shards to their ends gave: their digests, and what the codes miss of their weights."""
+
+    sha256: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, RecordedError] = field(default_factory=dict)
+
+    def add(self, stream: ShardStream) -> None:
+        self.sha256[stream.plan.source.path] = stream.sha256
+        self.errors |= stream.errors
+
+
 def compare_shard(
     root: Path, shard: ShardPlan, plan: Plan, supply: Supply, damaged: Collection[str]
-) -> Generator[Finding, None, dict[str, str]]:
-    """Compare the files that a source shard gives; returns the digest of the source, if it was read to its end."""
+) -> Generator[Finding, None, Read]:
+    """Compare the files that a source shard gives; returns what the source gave, nothing if it was not read whole."""
+    read = Read()
     component = next(c for c in plan.components if c.source.name == shard.component)
     with contextlib.ExitStack() as opened:
         files = []
@@ -38,24 +53,26 @@ def compare_shard(
                     files.append((file, fd))
         try:  # with an engine for each shard, since an error leaves one without some of its buffers
             with Engine(workers=max(1, (os.cpu_count() or 2) - 1)) as engine:
-                for stream in convert_component(component, supply, engine, shards=[shard], hashed=True):
+                for stream in convert_component(
+                    component, supply, engine, shards=[shard], hashed=True, with_errors=True
+                ):
                     for path, name in dict.fromkeys(_differing(stream.chunks, files)):
                         yield Finding(path, f"{name} differs from what the source gives")
+                    read.add(stream)
         except ConvertError as error:
             yield Finding(shard.files[0].path, f"cannot be compared with its source: {error}")
-            return {}
-    return {shard.source.path: stream.sha256}
+    return read
 
 
 def compare_single(
     root: Path, component: ComponentPlan, supply: Supply, damaged: Collection[str]
-) -> Generator[Finding, None, dict[str, str]]:
-    """Compare the one file that a component gives; returns the digests of those source shards that were read."""
+) -> Generator[Finding, None, Read]:
+    """Compare the one file that a component gives; returns what those source shards gave that were read whole."""
     assert component.single is not None
     single, (file,) = component.single, component.files
-    digests: dict[str, str] = {}
+    read = Read()
     if not (root / file.path).is_file():
-        return digests
+        return read
     with contextlib.ExitStack() as opened:
         fd = open_for_reading(root / file.path, file.path)
         opened.callback(os.close, fd)
@@ -63,16 +80,16 @@ def compare_single(
         if problem and file.path not in damaged:
             yield Finding(file.path, problem)
         if problem is not None and os.fstat(fd).st_size != file.size:
-            return digests  # the data need not lie as planned
+            return read  # the data need not lie as planned
         differing: dict[str, None] = {}
         try:
             with Engine(workers=max(1, (os.cpu_count() or 2) - 1)) as engine:
-                for stream in convert_component(component, supply, engine, hashed=True):
+                for stream in convert_component(component, supply, engine, hashed=True, with_errors=True):
                     for chunk in stream.chunks:
                         offset = len(file.header) + single.places[chunk.name] + chunk.offset
                         if not _is_there(chunk.data, fd, offset, file.path):
                             differing[chunk.name] = None
-                    digests[stream.plan.source.path] = stream.sha256
+                    read.add(stream)
             for extra in single.extras:
                 position = len(file.header) + single.start_of(extra)
                 for piece in supply.files.pieces(extra.file) if extra.file else ():
@@ -83,7 +100,7 @@ def compare_single(
             yield Finding(file.path, f"cannot be compared with its source: {error}")
     for name in differing:
         yield Finding(file.path, f"{name} differs from what the source gives")
-    return digests
+    return read
 
 
 def _header_problem(fd: int, file: OutputFile) -> str | None:

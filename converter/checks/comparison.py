@@ -18,13 +18,13 @@ import numpy as np
 from ..format import layout
 from ..format.header import read_header
 from ..format.reader import as_json
-from ..format.record import Record, RecordedShard
+from ..format.record import Record, RecordedError, RecordedShard
 from ..output.journal import Done, Source
 from ..output.record import make_record
 from ..plan.lora import Lora
 from ..plan.lora_request import LoraRequest
 from ..plan.manifest import Manifest, load_manifest, shipped
-from ..plan.plan import ComponentPlan
+from ..plan.plan import ComponentPlan, ShardPlan
 from ..plan.planning import make_plan
 from ..plan.recipe import Recipe, recipe_sha256
 from ..plan.settings import Settings
@@ -37,9 +37,10 @@ from ..stream.reading import open_for_reading, read_exactly
 from ..stream.supply import FolderSupply
 from ..targets.choosing import TARGETS
 from ..targets.key_maps import key_map
+from ..targets.target import NATIVE, Target
 from ..telling.errors import ConvertError, ResumableError
 from ..telling.progress import Progress
-from .codes import compare_shard, compare_single
+from .codes import Read, compare_shard, compare_single
 from .finding import Finding
 from .loras import recorded_loras
 
@@ -104,7 +105,7 @@ def _check_components(root: Path, record: Record, snapshot: Snapshot) -> None:
     """Raise ConvertError unless the source has the components that the record names."""
     stated = record.classes
     given = snapshot.classes
-    if TARGETS[record.recipe.target].single_files and stated:  # components that it has no names for are left out
+    if _reader(record).single_files and stated:  # components that it has no names for are left out
         given = {name: class_name for name, class_name in given.items() if name in stated}
     if stated == given:
         return
@@ -123,6 +124,11 @@ def _check_components(root: Path, record: Record, snapshot: Snapshot) -> None:
     raise ConvertError(
         f"{root} was made of {mine}, and {snapshot.label} has {others}; pass its own source as --source."
     )
+
+
+def _reader(record: Record) -> Target:
+    """Who the snapshot was written for; a name that is none is found with the recipe."""
+    return TARGETS.get(record.recipe.target, NATIVE)
 
 
 def described(source: Snapshot, record: Record) -> tuple[str, tuple[str, ...]]:
@@ -172,16 +178,17 @@ def compare(
     supply = FolderSupply(original.files)
     for component in plan.components:
         if component.single is not None:
-            digests = yield from compare_single(root, component, supply, damaged)
-            done[component.files[0].path] = _done_single(component, record, digests, original.files)
+            read = yield from compare_single(root, component, supply, damaged)
+            done[component.files[0].path] = _done_single(component, record, read, original.files)
             progress.advance(sum(shard.source.size for shard in component.shards))
     for shard in (s for c in plan.components if c.single is None for s in c.shards):
-        digests = yield from compare_shard(root, shard, plan, supply, damaged)
+        read = yield from compare_shard(root, shard, plan, supply, damaged)
+        size, source_sha256 = shard.source.size, read.sha256.get(shard.source.path)
+        errors = _errors([shard], record, read)
         for file in shard.files:
             stated = record.files.get(file.path)
-            done[file.path] = Done(
-                file.path, file.size, stated.sha256 if stated else "", shard.source.size, digests.get(shard.source.path)
-            )
+            sha256 = stated.sha256 if stated else ""
+            done[file.path] = Done(file.path, file.size, sha256, size, source_sha256, errors=errors)
         progress.advance(shard.source.size)
     progress.close()
     for path, data in plan.files.items():
@@ -192,15 +199,25 @@ def compare(
     yield from _compare_record(record, make_record(plan, done))
 
 
-def _done_single(component: ComponentPlan, record: Record, digests: Mapping[str, str], files: LocalFiles) -> Done:
-    """The component's one file, with the digests of its source shards as far as they were read to their ends."""
+def _done_single(component: ComponentPlan, record: Record, read: Read, files: LocalFiles) -> Done:
+    """The component's one file, with what its source shards gave as far as they were read to their ends."""
     assert component.single is not None
     file = component.single.file
     stated = record.files.get(file.path)
-    first, *others = (Source(s.source.path, s.source.size, digests.get(s.source.path, "")) for s in component.shards)
+    first, *others = (
+        Source(s.source.path, s.source.size, read.sha256.get(s.source.path, "")) for s in component.shards
+    )
     others += [Source(e.file, e.nbytes, content_sha256(files, e.file)) for e in component.single.extras if e.file]
-    sha256 = stated.sha256 if stated else ""
-    return Done(file.path, file.size, sha256, first.size, first.sha256, others=tuple(others))
+    sha256, errors = stated.sha256 if stated else "", _errors(component.shards, record, read)
+    return Done(file.path, file.size, sha256, first.size, first.sha256, others=tuple(others), errors=errors)
+
+
+def _errors(shards: Sequence[ShardPlan], record: Record, read: Read) -> dict[str, RecordedError]:
+    """What codes miss, by module: what the record says of shards that could not be read whole, which have a finding."""
+    unread = [shard for shard in shards if shard.source.path not in read.sha256]
+    stated = {s.component: record.components[s.component].errors for s in unread if s.component in record.components}
+    names = ((shard.component, tensor.module) for shard in unread for tensor in shard.tensors)
+    return read.errors | {m: stated[c][m] for c, m in names if c in stated and m in stated[c]}
 
 
 def _compare_files(
@@ -273,7 +290,7 @@ def _recipe(root: Path, record: Record, original: Original) -> Recipe:
         return replace(recipe, loras=original.loras)
     # The file of scales is not here, but the scales are.
     scheme, scales = stated.pop("activation_scheme"), _stored_input_scales(root, record)
-    if TARGETS[record.recipe.target].single_files:
+    if _reader(record).single_files:
         scales = _native_scales(original.snapshot, scales)
     recipe = Settings.read(stated).resolve(original.snapshot, original.manifest)
     return replace(recipe, activation_scheme=scheme, input_scales=scales, loras=original.loras)

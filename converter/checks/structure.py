@@ -25,6 +25,7 @@ from ..targets.target import NATIVE, Target
 from ..telling.errors import ConvertError
 from .finding import Finding
 from .single_files import check_statement, original_groups
+from .weight_errors import check_errors
 
 _SCALE_BYTES_AT_ONCE = 1 << 20
 
@@ -75,6 +76,8 @@ def check_structure(root: Path, record: Record, found: list[Finding]) -> Sequenc
             found += _check_weights(root, component, fp8)
         missing = not component.config and component.path(CONFIG) in damaged
         if whole and recorded is not None and not missing:
+            if record.states_errors:
+                found += check_errors(component, recorded, fp8, single=snapshot.single_files)
             if snapshot.single_files:
                 found += check_statement(component, fp8)
                 found += _check_shared_scales(root, component, original_groups(component, recorded.shared_scales))

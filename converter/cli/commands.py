@@ -183,9 +183,13 @@ def convert_command(
 
 @main.command("inspect")
 @click.argument("source")
+@click.option("--worst", type=click.IntRange(1), metavar="N", help="Also the N layers whose FP8 codes miss most.")
+@click.option(
+    "--html", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write a page with a plot of them."
+)
 @hub_options
 @json_option
-def inspect_command(source: str, as_json: bool, **hub: Any) -> None:
+def inspect_command(source: str, worst: int | None, html: Path | None, as_json: bool, **hub: Any) -> None:
     """Show what is FP8, what is not, and why: a folder, a Hub id (not downloaded) or a .safetensors file.
 
     Exit code 1 if something is wrong with it.
@@ -193,6 +197,7 @@ def inspect_command(source: str, as_json: bool, **hub: Any) -> None:
     \b
     Example:
       fp8-convert inspect qwen-image-fp8
+      fp8-convert inspect qwen-image-fp8 --worst 10 --html qwen-image-fp8.html
       fp8-convert inspect Qwen/Qwen-Image
       fp8-convert inspect flux1-dev-fp8.safetensors
     """
@@ -201,10 +206,15 @@ def inspect_command(source: str, as_json: bool, **hub: Any) -> None:
         from .render import render_inspection, terminal_width
 
         inspection = inspect(source, options=HubAccess(**hub))
+        if html is not None:
+            from ..output.writing import write_small
+            from .inspection_page import inspection_page
+
+            write_small(html, inspection_page(inspection).encode(), str(html))
         if as_json:
             click.echo(json.dumps(inspection.to_json(), indent=2))
         else:
-            click.echo(render_inspection(inspection, terminal_width()))
+            click.echo(render_inspection(inspection, terminal_width(), worst or 0))
         if not inspection.ok:
             sys.exit(1)
 

@@ -9,9 +9,10 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ..targets.choosing import TARGETS, described
-from ..telling.quantities import byte_count, change, parameter_count, plural
+from ..telling.quantities import byte_count, change, parameter_count, plural, share
 
 if TYPE_CHECKING:  # only what is rendered has been imported
+    from ..checks.weight_errors import LayerError
     from ..conversion import Result
     from ..inspection import Inspection
     from ..plan.manifest import Manifest
@@ -21,6 +22,13 @@ if TYPE_CHECKING:  # only what is rendered has been imported
     from ..pushing import Push
     from ..verification import Verification
 
+NO_ERRORS = (
+    "no errors of weights: the record has none, since nothing was converted here, its codes were imported, or an older "
+    "version wrote it"
+)
+ERROR_COLUMNS = (
+    "component", "layer", "SQNR by row", "SQNR", "worst row", "saturated", "subnormal", "vanished", "shape", "as",
+)  # fmt: skip
 _WORTH_SAYING = 0.05  # of the bytes: what --compact must save to be mentioned
 
 
@@ -60,8 +68,11 @@ def render_plan(plan: Plan, width: int | None = None) -> str:
     return _text(lines)
 
 
-def render_inspection(inspection: Inspection, width: int | None = None) -> str:
-    """A table per component: FP8, scales and what is kept, by module kind; then what is wrong with it."""
+def render_inspection(inspection: Inspection, width: int | None = None, worst: int = 0) -> str:
+    """A table per component: FP8, scales and what is kept, by module kind; then what is wrong with it.
+
+    worst: how many of the layers are to follow whose codes miss most.
+    """
     lines = [inspection.title]
     if inspection.source:
         lines.append(f"source: {inspection.source}")
@@ -80,7 +91,26 @@ def render_inspection(inspection: Inspection, width: int | None = None) -> str:
             table.append([what, group.kind or "-", group.dtype, *numbers, group.why])
         lines += _table(table, right=(3, 4, 5), width=width, words=1)
         lines += [f"PROBLEM: {problem}" for problem in component.problems]
+    if worst:
+        rows = [error_row(component, layer) for component, layer in inspection.worst(worst)]
+        lines += ["", "the worst layers:" if rows else NO_ERRORS]
+        lines += _table([[*ERROR_COLUMNS], *rows], right=(2, 3, 4, 5, 6, 7), width=width, words=2) if rows else []
     return _text(lines)
+
+
+def error_row(component: str, layer: LayerError) -> list[str]:
+    """The cells of a layer, below ERROR_COLUMNS."""
+    error = layer.error
+    shape = "x".join(map(str, layer.shape)) if layer.shape is not None else "-"
+    return [
+        component or "component",
+        layer.module,
+        *(("exact" if value is None else f"{value:.2f} dB") for value in (error.row_sqnr_db, error.sqnr_db)),
+        f"{100 * error.row_error:.2f}%",
+        *(share(count, error.weights) for count in (error.saturated, error.subnormal, error.vanished)),
+        shape,
+        " ".join(filter(None, (layer.mode, layer.scheme))) or "-",
+    ]
 
 
 def render_result(result: Result) -> str:

@@ -46,6 +46,6 @@ def _read_fields(kind: Any, value: Mapping[str, Any], where: str) -> Any:
     for key, field in by_key.items():
         if key in value:
             found[field.name] = read_value(types[field.name], value[key], f"{key!r:.80} of {where}")
-        elif field.default is MISSING:
+        elif field.default is MISSING and field.default_factory is MISSING:
             raise ValueError(f"{where} lacks {key}")
     return kind(**found)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..telling.errors import ConvertError
@@ -21,6 +22,8 @@ from .reader import as_json, read_value
 from .untrusted import parse_json
 
 SEAL = "record_sha256"
+_MOST_COLUMNS = 2**17
+_ERRORS_SINCE = 4
 # Fields by the format that brought them: a record of that format or a newer one has them, an older one does not.
 _ADDED = {
     2: (("recipe", "max_shard_size"), ("components", "shared_scales")),
@@ -29,6 +32,7 @@ _ADDED = {
         ("source", "base_repo"), ("source", "base_commit"),
         ("components", "imported"), ("components", "unequal_scales"),
     ),
+    _ERRORS_SINCE: (("components", "errors"),),
 }  # fmt: skip
 
 
@@ -97,11 +101,31 @@ class RecordedDecision(Brief):
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
+class RecordedError(Brief):
+    """What the codes of an FP8 module miss of the weight that they were made of, LoRAs merged; `docs/weight-error.md`.
+
+    sqnr_db: signal to quantisation noise, None where nothing is missed. row_sqnr_db: the same where every row, an
+    output channel, counts alike. row_error: the largest relative error of a row, sqrt(sum e^2 / sum w^2). weights:
+    elements; of them saturated: codes of +-448, subnormal: codes below 2^-6 but not zero, vanished: codes of zero whose
+    weights are not zero.
+    """
+
+    sqnr_db: float | None
+    row_sqnr_db: float | None
+    row_error: float
+    weights: int
+    saturated: int
+    subnormal: int
+    vanished: int
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
 class RecordedComponent(Brief):
     """One component; `fp8_modules` are counts by mode, `shared_scales` the modules of each group with one scale.
 
     imported: the layout that its FP8 weights were imported from, None where this tool made them. unequal_scales: the
-    modules of each group that runtimes fuse and whose imported scales differ.
+    modules of each group that runtimes fuse and whose imported scales differ. errors: by module, of those FP8 weights
+    that this tool made.
     """
 
     class_: str | None
@@ -111,6 +135,7 @@ class RecordedComponent(Brief):
     shared_scales: tuple[tuple[str, ...], ...] = ()
     imported: str | None = None
     unequal_scales: tuple[tuple[str, ...], ...] = ()
+    errors: Mapping[str, RecordedError] = field(default_factory=dict)
     decisions: tuple[RecordedDecision, ...]
 
     @property
@@ -181,10 +206,24 @@ class Record(Brief):
         """The components' classes by name."""
         return {name: component.class_ for name, component in self.components.items()}
 
+    @property
+    def states_errors(self) -> bool:
+        """Whether its format has the errors of weights."""
+        return self.format >= _ERRORS_SINCE
+
     def to_json(self) -> dict[str, Any]:
         """As this version writes it."""
         data: dict[str, Any] = as_json(self)
         return data
+
+
+def measured_columns(shape: Sequence[int]) -> int | None:
+    """Elements of a row of a weight whose error is recorded, None for a weight whose error is not.
+
+    That is one without elements, or with rows of which the squares of all codes' values might not fit into an int64.
+    """
+    columns = math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
+    return columns if math.prod(shape) and columns <= _MOST_COLUMNS else None
 
 
 def seal(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..format.layout import STAGING
+from ..format.reader import read_value
+from ..format.record import RecordedError
 from .writing import disk_errors, write_small
 
 JOURNAL_FILE = "journal.jsonl"
@@ -33,7 +35,7 @@ class Source(NamedTuple):
 class Done:
     """A finished output file. A shard's `source_*` tell what it was made from; `source_stat` only speeds resuming.
 
-    others: the source shards beside that one, of a file that several make.
+    others: the source shards beside that one, of a file that several make. errors: what its codes miss, by module.
     """
 
     path: str
@@ -43,6 +45,7 @@ class Done:
     source_sha256: str | None = None
     source_stat: tuple[int, ...] | None = None
     others: tuple[Source, ...] = ()
+    errors: Mapping[str, RecordedError] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -146,8 +149,9 @@ def _done(entry: Mapping[str, Any]) -> Done | None:
     stated = entry.get("source_stat")
     try:
         others = tuple(_source(*values) for values in entry.get("others", ()))
-        done = Done(**{**entry, "source_stat": tuple(stated) if stated else None, "others": others})
-    except TypeError:
+        errors = read_value(Mapping[str, RecordedError], entry.get("errors", {}), "errors")
+        done = Done(**{**entry, "source_stat": tuple(stated) if stated else None, "others": others, "errors": errors})
+    except (TypeError, ValueError):
         return None
     return done if isinstance(done.path, str) else None
 

@@ -53,7 +53,7 @@ def make_record(plan: Plan, done: Mapping[str, Done]) -> Record:
         ),
         recipe=read_value(RecordedRecipe, plan.recipe.to_json(), "the recipe"),
         recipe_sha256=plan.recipe.sha256(),
-        components={c.source.name: _component(c) for c in plan.components},
+        components={c.source.name: _component(c, done) for c in plan.components},
         shards={path: _shard(done[path], *sources[path]) for path in sorted(sources)},
         files={path: RecordedFile(size=d.size, sha256=d.sha256) for path, d in sorted(done.items())},
         record_sha256="",
@@ -98,9 +98,10 @@ def _shard(done: Done, source: str, component: str | None) -> RecordedShard:
     )
 
 
-def _component(component: ComponentPlan) -> RecordedComponent:
+def _component(component: ComponentPlan, done: Mapping[str, Done]) -> RecordedComponent:
     before, after = component.weight_bytes
     modes = Counter(t.decision.mode for t in component.tensors)
+    errors = {module: error for file in component.files for module, error in done[file.path].errors.items()}
     return RecordedComponent(
         class_=component.source.class_name,
         fp8_modules={mode: modes[mode] for mode in (layout.W8A8, layout.STORAGE)},
@@ -109,6 +110,7 @@ def _component(component: ComponentPlan) -> RecordedComponent:
         shared_scales=_shared_scales(component),
         imported=component.imported.layout if component.imported is not None else None,
         unequal_scales=component.imported.unequal_scales if component.imported is not None else (),
+        errors={module: errors[module] for module in sorted(errors)},
         decisions=tuple(_decision(component, row) for row in rows(component)),
     )
 

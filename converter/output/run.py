@@ -11,14 +11,15 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from ..format.layout import RECORD_FILE, encode_json
+from ..format.layout import RECORD_FILE, RECORD_FORMAT, WEIGHT, encode_json
+from ..format.record import RecordedError
 from ..plan.plan import ComponentPlan, Plan, ShardPlan
 from ..plan.sharding import OutputFile
 from ..plan.single_file import SingleFile
@@ -76,8 +77,8 @@ def run(
 
 
 def conversion_key(plan: Plan) -> str:
-    """What a resumed run must share with the one before: source, recipe, tool, and so every output header."""
-    parts = [plan.recipe.sha256(), plan.snapshot.repo, plan.snapshot.commit]
+    """What a resumed run must share with the one before: source, recipe, tool, format, and so every output header."""
+    parts = [RECORD_FORMAT, plan.recipe.sha256(), plan.snapshot.repo, plan.snapshot.commit]
     shards = [
         (s.source.path, s.source.size, [(f.path, hashlib.sha256(f.header).hexdigest()) for f in s.files])
         for s in plan.shards
@@ -202,7 +203,7 @@ def _convert_shards(
         for component in plan.components:
             mine = [s for s in wanted if s.component == component.source.name]
             streams = convert_component(
-                component, supply, engine, shards=mine, hashed=True, on_measured=progress.advance
+                component, supply, engine, shards=mine, hashed=True, with_errors=True, on_measured=progress.advance
             )
             with contextlib.closing(streams):
                 if component.single is not None and mine:
@@ -229,6 +230,7 @@ class _Written:
     source: SourceFile
     files: Sequence[tuple[OutputFile, Future[str]]]
     source_sha256: str
+    errors: Mapping[str, RecordedError]
 
 
 def _write_shard(
@@ -257,7 +259,7 @@ def _write_shard(
             files.append((file, commits.submit(_commit, writer)))
             on_error.pop_all()
     progress.advance(shard.source.size - reported)
-    return _Written(shard, stream.source, files, stream.sha256)
+    return _Written(shard, stream.source, files, stream.sha256, stream.errors)
 
 
 def _write_single(
@@ -267,6 +269,7 @@ def _write_single(
     file = single.file
     sources: list[Source] = []
     carried: list[Source] = []
+    errors: dict[str, RecordedError] = {}
     with PlacedWriter(target.staged(file.path), file.size, file.path) as writer:
         writer.write(memoryview(file.header), 0)
         for extra in single.extras:
@@ -289,10 +292,11 @@ def _write_single(
             progress.advance(shard.size - reported)
             _check_read(stream, target, supply)
             sources.append(Source(shard.path, shard.size, stream.sha256, stream.source.stat))
+            errors |= stream.errors
             supply.done(shard)  # a file that is interrupted begins anew, and fetches it again
         sha256 = writer.commit()
     first, *others = (*sources, *carried)
-    target.add(Done(file.path, file.size, sha256, first.size, first.sha256, first.stat, tuple(others)))
+    target.add(Done(file.path, file.size, sha256, first.size, first.sha256, first.stat, tuple(others), errors))
 
 
 def _check_read(stream: ShardStream, target: Target, supply: Supply) -> None:
@@ -320,7 +324,9 @@ def _journal(written: _Written, target: Target, supply: Supply) -> None:
     source = written.source
     size = written.shard.source.size
     for file, sha256 in written.files:
-        target.add(Done(file.path, file.size, sha256.result(), size, written.source_sha256, source.stat))
+        names = (output.name.removesuffix(WEIGHT) for output in file.outputs)
+        errors = {name: written.errors[name] for name in names if name in written.errors}
+        target.add(Done(file.path, file.size, sha256.result(), size, written.source_sha256, source.stat, errors=errors))
     supply.done(written.shard.source)
 
 

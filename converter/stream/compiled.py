@@ -22,7 +22,7 @@ def _load() -> ctypes.CDLL | None:
         library = ctypes.CDLL(spec.origin)
         for name in _NAMES.values():
             function = getattr(library, f"codes_{name}")
-            function.argtypes, function.restype = [pointer, pointer, size, size, size, pointer], None
+            function.argtypes, function.restype = [pointer, pointer, size, size, size, pointer, pointer, pointer], None
         for width in (16, 32):
             function = getattr(library, f"amax_{width}")
             function.argtypes, function.restype = [pointer, size, size, size, pointer], None
@@ -45,17 +45,29 @@ def serves(x: torch.Tensor) -> bool:
     return available() and x.device.type == "cpu"
 
 
-def codes(x: torch.Tensor, factors: torch.Tensor, width: int, out: torch.Tensor) -> None:
+def codes(
+    x: torch.Tensor,
+    factors: torch.Tensor,
+    width: int,
+    out: torch.Tensor,
+    sums: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
+) -> None:
     """Put the E4M3 codes of x[r, c] * factors[c // width] into out.
 
     x: bfloat16, float16 or float32 [R, K], contiguous, without NaN. factors: float32 [ceil(K / width)]. out:
-    uint8, R * K elements, contiguous; it may be the first bytes of x itself.
+    uint8, R * K elements, contiguous; it may be the first bytes of x itself. sums, counts: as in
+    `weight_error.Missed`, int64 [R * ceil(K / width) * 3], contiguous, and [2], to which is added what the codes miss.
     """
     assert _library is not None
     assert x.is_contiguous()
     assert factors.is_contiguous()
+    missed = (sums, counts)
+    for tensor in missed:
+        assert tensor is None or tensor.is_contiguous()
     function = getattr(_library, f"codes_{_NAMES[x.dtype]}")
-    function(x.data_ptr(), out.data_ptr(), *x.shape, width, factors.data_ptr())
+    pointers = (None if tensor is None else tensor.data_ptr() for tensor in missed)
+    function(x.data_ptr(), out.data_ptr(), *x.shape, width, factors.data_ptr(), *pointers)
 
 
 def amax(x: torch.Tensor, width: int) -> torch.Tensor:

@@ -7,11 +7,12 @@ members lie, is known here alone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ..format.record import RecordedError
 from ..plan.plan import ComponentPlan, ShardPlan
 from ..snapshot.files import SourceFile
 from .engine import Engine
@@ -27,13 +28,15 @@ if TYPE_CHECKING:
 class ShardStream:
     """A shard whose conversion begins: the file that is read, the chunks to come, and the digest that grows with them.
 
-    digest: of the source file, where somebody asked for it.
+    digest: of the source file, where somebody asked for it. errors: what the codes miss of each FP8 weight, by module,
+    where somebody asked for it.
     """
 
     plan: ShardPlan
     source: SourceFile
     chunks: Generator[Chunk, None, None]
     digest: _Hash | None = None
+    errors: Mapping[str, RecordedError] = field(default_factory=dict)
 
     @property
     def sha256(self) -> str:
@@ -49,11 +52,13 @@ def convert_component(
     *,
     shards: Sequence[ShardPlan] | None = None,
     hashed: bool = False,
+    with_errors: bool = False,
     on_measured: Callable[[int], None] = lambda _: None,
 ) -> Generator[ShardStream, None, None]:
     """Yield the component's shards one after the other; a shard's chunks are to be taken before the next is asked for.
 
     shards: those to convert, in order; None is all. hashed: whether the source's digest is wanted, which costs time.
+    with_errors: whether it is wanted what codes miss of their weights.
     on_measured: told the bytes that were read to measure fusion groups. Raises ConvertError.
     """
     amaxes: dict[str, float] = {}
@@ -63,5 +68,6 @@ def convert_component(
             amaxes |= measure(component.shards, missing, supply, engine)
             on_measured(measured_bytes(component.shards, missing))
         digest = hashlib.sha256() if hashed else None
-        with closing(stream_shard(shard, source, engine, amaxes=amaxes, hasher=digest)) as chunks:
-            yield ShardStream(shard, source, chunks, digest)
+        errors: dict[str, RecordedError] | None = {} if with_errors else None
+        with closing(stream_shard(shard, source, engine, amaxes=amaxes, hasher=digest, errors=errors)) as chunks:
+            yield ShardStream(shard, source, chunks, digest, {} if errors is None else errors)

@@ -9,8 +9,9 @@ The per-tensor formula is that of vLLM's online FP8 (`ops.scaled_fp8_quant`), bi
 the reciprocal matters, true division gives other codes in about one weight of 6,000. Scales are always computed
 with numpy on the CPU, because torch on CUDA divides by a scalar through its reciprocal.
 
-Codes are returned as uint8 tensors (the bits of float8_e4m3fn). On the CPU the work is done by `compiled`
-code where that was built, else by torch, to the same bits.
+Codes are returned as uint8 tensors (the bits of float8_e4m3fn). What they miss is summed up on the way where it is
+asked for (`weight_error`). On the CPU the work is done by `compiled` code where that was built, else by torch, to the
+same bits.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 
 from ..format.layout import Block
 from . import compiled
+from .weight_error import Missed
 
 E4M3_MAX = 448.0
 MIN_SCALE = float(np.finfo(np.float32).tiny)  # 2^-126: the smallest scale whose reciprocal is finite
@@ -79,31 +81,39 @@ def block_scales(amax: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return (np.maximum(amax, np.float32(MIN_BLOCK_AMAX)) / np.float32(E4M3_MAX)).astype(np.float32, copy=False)
 
 
-def quantize_tensor(x: torch.Tensor, scale: np.float32, out: torch.Tensor | None = None) -> torch.Tensor:
+def quantize_tensor(
+    x: torch.Tensor, scale: np.float32, out: torch.Tensor | None = None, missed: Missed | None = None
+) -> torch.Tensor:
     """uint8 codes [numel], on x's device, of a contiguous float tensor of any shape under one scale.
 
-    out: where to put them, uint8 [numel]; on the CPU it may be the first bytes of x itself, which is then lost.
+    out: where to put them, uint8 [numel]; on the CPU it may be the first bytes of x itself, which is then lost. missed:
+    of x, takes what the codes miss.
     """
     x = x.reshape(-1)
     out = _new_codes(x) if out is None else out
     reciprocal = np.float32(1) / scale
     if compiled.serves(x):
-        compiled.codes(x.view(1, -1), torch.from_numpy(np.array([reciprocal])), max(1, x.numel()), out)
+        factor = torch.from_numpy(np.array([reciprocal]))
+        if missed is None:
+            compiled.codes(x.view(1, -1), factor, max(1, x.numel()), out)
+            return out
+        for part, sums in missed.parts(x.numel()):
+            rows = x[part].view(len(sums), -1)
+            compiled.codes(rows, factor, rows.shape[1], out[part], sums, missed.counts)
         return out
-    codes = out.view(torch.float8_e4m3fn)
     for start in range(0, x.numel(), step := _step(x)):
-        floats = _floats(x[start : start + step]).mul_(float(reciprocal))
-        codes[start : start + step].copy_(floats.clamp_(-E4M3_MAX, E4M3_MAX))
+        part = slice(start, start + step)
+        _encode(x[part], float(reciprocal), out[part], missed, start)
     return out
 
 
 def quantize_blocks(
-    x: torch.Tensor, block: Block, out: torch.Tensor | None = None
+    x: torch.Tensor, block: Block, out: torch.Tensor | None = None, missed: Missed | None = None
 ) -> tuple[torch.Tensor, npt.NDArray[np.float32], bool]:
     """Codes and scales of rows that start at a block's first row.
 
     x: float [R, K], contiguous. Returns uint8 codes [R * K] on x's device, float32 scales [ceil(R/bn), ceil(K/bk)]
-    and whether every element is finite. Edge blocks count as padded with zeros. out: as in quantize_tensor.
+    and whether every element is finite. Edge blocks count as padded with zeros. out, missed: as in quantize_tensor.
     """
     height, width = block[0], min(block[1], x.shape[1])
     largest = _block_amax(x, height, width)
@@ -114,35 +124,47 @@ def quantize_blocks(
     if compiled.serves(x):
         for number, top in enumerate(range(0, x.shape[0], height)):
             rows = slice(top, top + height)
-            compiled.codes(x[rows], factors[number], width, codes[rows])
+            taken = () if missed is None else (missed.sums[rows], missed.counts)
+            compiled.codes(x[rows], factors[number], width, codes[rows], *taken)
     else:
         by_column = factors.repeat_interleave(width, dim=1)[:, : x.shape[1]].to(x.device)
         for number, rows in _strips(x, height):
-            floats = _floats(x[rows]).mul_(by_column[number])
-            codes[rows].view(torch.float8_e4m3fn).copy_(floats.clamp_(-E4M3_MAX, E4M3_MAX))
+            _encode(x[rows], by_column[number], codes[rows], missed, rows.start * x.shape[1])
     return out, scales, bool(np.isfinite(largest).all())
 
 
 def quantize_rows(
-    x: torch.Tensor, out: torch.Tensor | None = None
+    x: torch.Tensor, out: torch.Tensor | None = None, missed: Missed | None = None
 ) -> tuple[torch.Tensor, npt.NDArray[np.float32], bool]:
     """Codes and scales of rows with a scale each.
 
     x: float [R, K], contiguous. Returns uint8 codes [R * K] on x's device, float32 scales [R, 1] and whether every
-    element is finite. out: as in quantize_tensor.
+    element is finite. out, missed: as in quantize_tensor.
     """
     largest = _row_amax(x)
     scales = row_scales(largest)
     factors = torch.from_numpy(np.float32(1) / scales)
     out = _new_codes(x) if out is None else out
     if compiled.serves(x):  # to which rows are runs of columns of a single one
-        compiled.codes(x.view(1, -1), factors.view(-1), x.shape[1], out)
+        taken = () if missed is None else (missed.sums, missed.counts)
+        compiled.codes(x.view(1, -1), factors.view(-1), x.shape[1], out, *taken)
     else:
         codes, by_row = out.view(x.shape), factors.to(x.device)
         for _, rows in _strips(x, x.shape[0]):
-            floats = _floats(x[rows]).mul_(by_row[rows])
-            codes[rows].view(torch.float8_e4m3fn).copy_(floats.clamp_(-E4M3_MAX, E4M3_MAX))
+            _encode(x[rows], by_row[rows], codes[rows], missed, rows.start * x.shape[1])
     return out, scales, bool(np.isfinite(largest).all())
+
+
+def _encode(
+    x: torch.Tensor, factors: torch.Tensor | float, codes: torch.Tensor, missed: Missed | None, start: int
+) -> None:
+    """Put the codes of x * factors into `codes`, which may lie over x; x begins at the piece's element `start`."""
+    bits, magnitude = _bits(x)
+    nonzero = None if missed is None else (bits & magnitude) != 0  # before codes lie over x
+    y = _floats(x).mul_(factors).clamp_(-E4M3_MAX, E4M3_MAX)
+    codes.view(torch.float8_e4m3fn).copy_(y)
+    if missed is not None and nonzero is not None:
+        missed.add(y, codes, nonzero, start)
 
 
 def _row_amax(x: torch.Tensor) -> npt.NDArray[np.float32]:
@@ -169,11 +191,10 @@ def _block_amax(x: torch.Tensor, height: int, width: int) -> npt.NDArray[np.floa
 def _torch_block_amax(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Magnitudes of floats order as their bits do, NaN last, and the maximum of integers is the faster one."""
     rows, columns = x.shape
-    integer, magnitude = (torch.int16, 0x7FFF) if x.itemsize == 2 else (torch.int32, 0x7FFFFFFF)
-    bits = x.view(integer)
+    bits, magnitude = _bits(x)
     largest = bits.new_zeros(-(-rows // height), -(-columns // width) * width)
     for number, part in _strips(x, height):
-        magnitudes = torch.bitwise_and(bits[part], magnitude, out=_scratch_like(bits[part], integer))
+        magnitudes = torch.bitwise_and(bits[part], magnitude, out=_scratch_like(bits[part], bits.dtype))
         row = largest[number, :columns]
         torch.maximum(row, magnitudes.amax(dim=0), out=row)
     return largest.view(largest.shape[0], -1, width).amax(dim=2).view(x.dtype)
@@ -187,6 +208,11 @@ def _strips(x: torch.Tensor, height: int) -> Iterator[tuple[int, slice]]:
         bottom = min(top + height, rows)
         for row in range(top, bottom, step):
             yield top // height, slice(row, min(row + step, bottom))
+
+
+def _bits(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """x's bits as integers, and the mask of those that are its magnitude."""
+    return (x.view(torch.int16), 0x7FFF) if x.itemsize == 2 else (x.view(torch.int32), 0x7FFFFFFF)
 
 
 def _step(x: torch.Tensor) -> int:

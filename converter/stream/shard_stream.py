@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from ..format.layout import INPUT_SCALE
+from ..format.record import RecordedError, measured_columns
 from ..plan.decide import PlannedTensor
 from ..plan.lora import LowRank
 from ..plan.plan import ShardPlan
@@ -32,6 +33,7 @@ from .engine import Engine
 from .merging import merge
 from .quantize import amax, quantize_blocks, quantize_rows, quantize_tensor, tensor_scale
 from .reading import Hasher, Span, SpanReader, open_for_reading, read_exactly
+from .weight_error import Missed, Rows, weight_error
 
 
 @dataclass(frozen=True)
@@ -53,15 +55,17 @@ def stream_shard(
     *,
     amaxes: Mapping[str, float] | None = None,
     hasher: Hasher | None = None,
+    errors: dict[str, RecordedError] | None = None,
 ) -> Generator[Chunk, None, None]:
     """Yield the chunks of every output tensor, in the order and without the gaps of the output file.
 
     amaxes: for every group of `shard.schedule.measured` its amax, from `measure`. hasher: fed the whole source file
-    in file order. Raises ConvertError for a weight with NaN or Inf, and where the file differs from its header.
+    in file order. errors: takes, by module, what the codes miss of each weight, at its scale's chunk. Raises
+    ConvertError for a weight with NaN or Inf, and where the file differs from its header.
     """
     fd = open_for_reading(source.path, source.where)
     try:
-        stream = _ShardStream(shard, engine, fd, amaxes or {}, hasher)
+        stream = _ShardStream(shard, engine, fd, amaxes or {}, hasher, errors)
         yield from stream.copied() if shard.copied else stream.converted()
     finally:
         os.close(fd)
@@ -91,22 +95,44 @@ class _Pending:
         return self.work is None or self.work.done()
 
 
-_Rows = Future[tuple[torch.Tensor, np.ndarray, bool]]  # what quantize_rows or quantize_blocks gives for some rows
+@dataclass
+class _Made:
+    """What comes of some elements: codes until they are taken, what they miss, and scales that are of rows or blocks.
+
+    finite: whether every element is; None where that is known before.
+    """
+
+    codes: torch.Tensor | None
+    missed: Missed | Rows | None
+    scales: np.ndarray | None = None
+    finite: bool | None = None
+
+    def take(self) -> torch.Tensor:
+        """The codes, whose memory is free once they were used: the rest stays until the weight is done."""
+        codes, self.codes = self.codes, None
+        assert codes is not None
+        return codes
 
 
 class _ShardStream:
     """One shard on its way. `pending` has the chunks to come, in the order of the output."""
 
     def __init__(
-        self, shard: ShardPlan, engine: Engine, fd: int, amaxes: Mapping[str, float], hasher: Hasher | None
+        self,
+        shard: ShardPlan,
+        engine: Engine,
+        fd: int,
+        amaxes: Mapping[str, float],
+        hasher: Hasher | None,
+        errors: dict[str, RecordedError] | None,
     ) -> None:
-        self.shard, self.engine, self.fd, self.hasher = shard, engine, fd, hasher
+        self.shard, self.engine, self.fd, self.hasher, self.errors = shard, engine, fd, hasher, errors
         self.schedule = shard.schedule
         self.data_start = shard.source.header.data_start
         self.last = {d: i for i, t in enumerate(shard.tensors) if (d := scale_domain(t)) is not None}
         self.scales = {domain: tensor_scale(amaxes[domain]) for domain in self.schedule.measured}
         self.unscaled: dict[str, list[_Unscaled]] = {}
-        self.rows: list[_Rows] = []  # of the weight that is being read, if its scales are of rows or blocks
+        self.made: list[Future[_Made]] = []  # of the weight whose codes are being made
         self.pending: deque[_Pending] = deque()
 
     # The two kinds of shard
@@ -222,29 +248,74 @@ class _ShardStream:
     ) -> None:
         """merges: what is still to be added to x."""
         tensor = self.shard.tensors[segment.tensor]
-        offset = segment.start // tensor.info.itemsize
-        codes = self.engine.submit(lambda: quantize_tensor(merge(x, offset, merges), scale, _in_place(x)))
-        self.pending.append(_Pending(tensor.info.name, offset, codes.result, codes, span))
-        if segment.stop == tensor.info.nbytes:
-            self._append_scales(tensor, lambda: _bytes(np.array(scale)))
+        first = segment.start // tensor.info.itemsize
+
+        def work() -> _Made:
+            weights = merge(x, first, merges)
+            missed = self._missed(weights, tensor, first)
+            return _Made(quantize_tensor(weights, scale, _in_place(x), missed), missed)
+
+        self._append_codes(segment, tensor, self.engine.submit(work), span, lambda _: _bytes(np.array(scale)))
 
     def _take_rows(self, segment: Segment, tensor: PlannedTensor, x: torch.Tensor, span: Span | None) -> None:
         """Some rows, of blocks or not: their scales come with their codes, and are handed out behind the last."""
         block, columns = tensor.decision.block, tensor.info.shape[1]
-        how = quantize_rows if block is None else partial(quantize_blocks, block=block)
-        offset = segment.start // tensor.info.itemsize
-        quantized = self.engine.submit(lambda: how(merge(x, offset, tensor.merges).view(-1, columns), out=_in_place(x)))
-        self.rows.append(quantized)
-        self.pending.append(_Pending(tensor.info.name, offset, lambda: quantized.result()[0], quantized, span))
-        if segment.stop == tensor.info.nbytes:
-            self._append_scales(tensor, partial(self._scales_of_rows, tensor, self.rows))
-            self.rows = []
+        first = segment.start // tensor.info.itemsize
 
-    def _scales_of_rows(self, tensor: PlannedTensor, rows: Sequence[_Rows]) -> torch.Tensor:
-        results = [row.result() for row in rows]  # all done: their codes stand before this chunk
-        if not all(ok for _, _, ok in results):
+        def work() -> _Made:
+            weights = merge(x, first, tensor.merges).view(-1, columns)
+            missed = self._missed(weights, tensor, first)
+            if block is None:
+                codes, scales, ok = quantize_rows(weights, _in_place(x), missed)
+                return _Made(codes, missed.in_rows(scales) if missed and ok else None, scales, ok)
+            codes, scales, ok = quantize_blocks(weights, block, _in_place(x), missed)
+            by_row = np.repeat(scales, block[0], axis=0)[: len(weights)]
+            return _Made(codes, missed.in_rows(by_row) if missed and ok else None, scales, ok)
+
+        self._append_codes(segment, tensor, self.engine.submit(work), span, partial(self._scales_of_rows, tensor))
+
+    def _append_codes(
+        self,
+        segment: Segment,
+        tensor: PlannedTensor,
+        made: Future[_Made],
+        span: Span | None,
+        scales: Callable[[Sequence[_Made]], torch.Tensor],
+    ) -> None:
+        """Codes to come; behind a weight's last ones its scales, which `scales` takes from all that was made."""
+        self.made.append(made)
+        offset = segment.start // tensor.info.itemsize
+        self.pending.append(_Pending(tensor.info.name, offset, lambda: made.result().take(), made, span))
+        if segment.stop == tensor.info.nbytes:
+            self._append_scales(tensor, partial(self._finish, tensor, self.made, scales))
+            self.made = []
+
+    def _finish(
+        self,
+        tensor: PlannedTensor,
+        made: Sequence[Future[_Made]],
+        scales: Callable[[Sequence[_Made]], torch.Tensor],
+    ) -> torch.Tensor:
+        """The bytes of a weight's scales; its error goes where it is wanted."""
+        results = [future.result() for future in made]  # all done: their codes stand before this chunk
+        data = scales(results)
+        missed = [m.in_rows() if isinstance(m := result.missed, Missed) else m for result in results]
+        if self.errors is not None and (rows := [part for part in missed if part is not None]):
+            self.errors[tensor.module] = weight_error(rows, tensor.info.numel)
+        return data
+
+    def _missed(self, x: torch.Tensor, tensor: PlannedTensor, first: int) -> Missed | None:
+        """Where to sum up what the codes of x miss, if somebody asked for it."""
+        columns = measured_columns(tensor.info.shape)
+        if self.errors is None or columns is None:
+            return None
+        block = tensor.decision.block
+        return Missed.of(x, first, columns, None if block is None else block[1])
+
+    def _scales_of_rows(self, tensor: PlannedTensor, made: Sequence[_Made]) -> torch.Tensor:
+        if not all(part.finite for part in made):
             raise not_finite(tensor, self.shard.source.path)
-        return _bytes(np.concatenate([scales for _, scales, _ in results]))
+        return _bytes(np.concatenate([part.scales for part in made if part.scales is not None]))
 
     def _take_given(
         self, segment: Segment, tensor: PlannedTensor, given: GivenScale, codes: torch.Tensor, span: Span

@@ -32,14 +32,22 @@ def one_line(result: object, text: str) -> str:
     return f"<{type(result).__name__} {_cut(_printable(text), _LINE - 50)}>"
 
 
-def html_table(caption: str, header: Sequence[str], rows: Iterable[Sequence[object]], notes: Iterable[str] = ()) -> str:
-    """A small table of escaped cells, with a caption above and notes below."""
+def html_table(
+    caption: str,
+    header: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    notes: Iterable[str] = (),
+    *,
+    most: int | None = _ROWS,
+) -> str:
+    """A table of escaped cells, with a caption above and notes below. most: rows that are shown, None for all."""
     body = [_row("td", row) for row in rows]
-    more = [f"… and {len(body) - _ROWS} more"] if len(body) > _ROWS else []
+    most = len(body) if most is None else most
+    more = [f"… and {len(body) - most} more"] if len(body) > most else []
     below = [*more, *notes]
     if len(below) > _ROWS:
         below = [*below[:_ROWS], f"… and {len(below) - _ROWS} more"]
-    table = f"<table>{_row('th', header)}{''.join(body[:_ROWS])}</table>" if body else ""
+    table = f"<table>{_row('th', header)}{''.join(body[:most])}</table>" if body else ""
     return f"<div><b>{escaped(caption)}</b>{table}{''.join(f'<div>{escaped(note)}</div>' for note in below)}</div>"
 
 

@@ -27,3 +27,8 @@ def change(before: int, after: int) -> str:
 def parameter_count(params: int) -> str:
     """`12.3M`; small numbers as they are."""
     return f"{params / 1e6:.1f}M" if params >= 1e5 else str(params)
+
+
+def share(part: int, whole: int) -> str:
+    """`12%`, `0.034%`; `0` for none."""
+    return f"{100 * part / whole:.2g}%" if part and whole else "0"

@@ -396,6 +396,36 @@ def test_record_with_another_class(spoilt: Path) -> None:
     assert findings(spoilt) == [(RECORD, "has other components than the snapshot")]
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "names"),
+    [
+        ("sqnr_db", float("nan"), "an error of"),
+        ("sqnr_db", -1.0, "an error of"),
+        ("row_sqnr_db", float("inf"), "an error of"),
+        ("row_error", 1.5, "an error of"),
+        ("vanished", 10**9, "an error of"),
+        ("weights", 5, "errors of 5 weights"),
+    ],
+)
+def test_record_with_an_error_that_no_weight_has(spoilt: Path, key: str, value: Any, names: str) -> None:
+    reseal(spoilt, put(value, "components", "transformer", "errors", LAYER, key))
+    found = findings(spoilt)
+    assert {path for path, _ in found} == {RECORD}
+    assert any(f"states {names}" in problem and LAYER in problem for _, problem in found)
+
+
+def test_record_without_an_error_and_with_one_of_nothing(spoilt: Path) -> None:
+    reseal(spoilt, drop("components", "transformer", "errors", LAYER))
+    ((path, problem),) = findings(spoilt)
+    assert path == RECORD
+    assert problem.startswith(f"states errors of none of {LAYER} in transformer")
+    error = json.loads((spoilt / RECORD).read_text())["components"]["transformer"]["errors"]["layers.0.attention.to_k"]
+    reseal(spoilt, put(error, "components", "transformer", "errors", LAYER))
+    reseal(spoilt, put(error, "components", "transformer", "errors", "layers.9"))
+    ((_, problem),) = findings(spoilt)
+    assert problem == f"states errors of {error['weights']} weights of layers.9 in transformer, which has 0 to state"
+
+
 def test_members_of_a_group_with_two_scales(spoilt: Path) -> None:
     with safe_open(spoilt / DIT, "pt") as opened:
         metadata = opened.metadata()
@@ -462,6 +492,7 @@ def test_a_file_that_was_added_to_snapshot_and_record(spoilt: Path) -> None:
         (put("another tool", "tool"), "'tool' of the record is 'another tool'"),
         (put("7.7", "tool_version"), "'recipe_sha256' of the record is"),
         (put(1, "components", "transformer", "bytes_before"), "'bytes_before' of 'transformer'"),
+        (put(30.0, "components", "transformer", "errors", LAYER, "sqnr_db"), f"'sqnr_db' of '{LAYER}' of 'errors'"),
     ],
 )
 def test_a_record_that_tells_something_else(spoilt: Path, change: Callable[[Any], None], names: str) -> None:
@@ -469,6 +500,13 @@ def test_a_record_that_tells_something_else(spoilt: Path, change: Callable[[Any]
     ((path, problem),) = findings(spoilt, source=saved("z_image"))
     assert path == RECORD
     assert names in problem
+
+
+def test_a_record_with_a_target_that_there_is_not(spoilt: Path) -> None:
+    reseal(spoilt, put("other", "recipe", "target"))
+    assert [problem.partition("; ")[0] for _, problem in findings(spoilt, source=saved("z_image"))] == [
+        "cannot be compared with its source: target is 'other'"
+    ]
 
 
 def test_every_field_of_a_record_is_compared(spoilt: Path) -> None:
@@ -480,7 +518,9 @@ def test_every_field_of_a_record_is_compared(spoilt: Path) -> None:
     before = (spoilt / RECORD).read_bytes()
     for place in places[:: max(1, len(places) // 40)]:
         value = functools.reduce(lambda part, key: part[key], place, record)
-        other = not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else f"{value or ''}x"
+        other = (
+            not value if isinstance(value, bool) else value + 1 if isinstance(value, int | float) else f"{value or ''}x"
+        )
         reseal(spoilt, put(other, *place))
         try:
             assert findings(spoilt, source=saved("z_image")), place
