@@ -444,7 +444,7 @@ def check_command(manifest: str, source: str, as_json: bool, **hub: Any) -> None
     help="Folder to write to; an earlier demo in it is replaced.",
 )
 def demo_command(output: Path) -> None:
-    """Run everything once on a tiny built-in pipeline.
+    """Run everything once on a small built-in model that paints emoji, in BF16 and in FP8.
 
     \b
     Example: fp8-convert demo

@@ -1,11 +1,13 @@
-"""The built-in demo: a tiny random Z-Image pipeline of the real classes, converted, verified, loaded and run."""
+"""The built-in demo: a small trained Z-Image that paints emoji, converted, verified and run beside its original."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,17 @@ from ..tiny import tiny_pipeline
 from ..verification import verify
 from .render import render_inspection, render_result, render_verification
 
+EMOJI = Path(str(files("fp8_convert") / "emoji"))
+PROMPTS = ("red apple", "rocket", "dog face", "slice of pizza")
 # Goes with the pipeline into its output, and so into the record, by which a rerun knows what it may replace.
-_README = "A tiny pipeline with random weights, made by `fp8-convert demo`. It paints noise; delete it at will.\n"
+_README = "A small pipeline, converted by `fp8-convert demo`; delete it at will.\n"
 _PICTURE_KEY = "fp8-convert demo"
 
 
-def run_demo(output: Path, say: Callable[[str], None]) -> None:
-    """Build a tiny pipeline, convert it into `output`, verify, load and run it; its picture is put beside the folder.
+def run_demo(output: Path, say: Callable[[str], None], model: Path = EMOJI) -> None:
+    """Convert a small pipeline into `output`, verify, load and run it; a picture beside the folder shows BF16 and FP8.
 
+    model: the trained snapshot that comes with the package; where it is missing, random weights are painted with.
     Replaces an earlier demo's output and nothing else. Raises ConvertError.
     """
     picture = output.with_name(f"{output.name}.png")  # not inside: `verify` wants nothing there that is not recorded
@@ -42,28 +47,77 @@ def run_demo(output: Path, say: Callable[[str], None]) -> None:
             "folder with -o."
         )
     with tempfile.TemporaryDirectory() as folder, bars_of_libraries():
-        source = Path(folder, "tiny-z-image")
-        say("building a tiny random Z-Image pipeline (11 MB) ...")
-        build_tiny_pipeline(source)
+        source = Path(folder, "source")
+        trained = _make_source(source, model, say)
         result = convert(source, output, force=again)
         say(render_result(result))
         say("")
         say(render_inspection(inspect(output)))
         say("")
         say(render_verification(verify(output, source=source)).replace(str(source), "the source"))
+        original = _original_pictures(source)
     # The demo stands above both halves, and nothing else here imports the loader; late, so that it can speak at once.
     from ...loader import load_pipeline, report
+    from ...loader.quality.pictures import psnr
 
     with bars_of_libraries():
         pipeline = load_pipeline(output)
-    pipeline.set_progress_bar_config(disable=True)
-    image = pipeline(
-        "a red cube", height=64, width=64, num_inference_steps=2, guidance_scale=0.0, max_sequence_length=64
-    ).images[0]
-    _save(image, picture)
-    say(f"generated {picture} ({image.width}x{image.height}; random weights paint noise)")
+    converted = _painted(pipeline)
+    _save(_sheet({"BF16": original, "FP8": converted}), picture)
+    apart = ", ".join(f"{psnr(ours, theirs):.1f}" for ours, theirs in zip(converted, original, strict=True))
+    say(f"generated {picture}: {', '.join(PROMPTS)}; BF16 above, FP8 below, {apart} dB apart (PSNR)")
+    if not trained:
+        say("The trained model is not installed, and random weights paint noise: this says nothing about quality.")
     say("")
     say(str(report(pipeline)))
+
+
+def _make_source(folder: Path, model: Path, say: Callable[[str], None]) -> bool:
+    """Put the pipeline to convert into a folder; whether it is a trained one."""
+    trained = (model / "model_index.json").is_file()
+    if trained:
+        say("taking a small trained Z-Image that paints emoji (24 MB) ...")
+        shutil.copytree(model, folder)
+    else:
+        say("building a tiny random Z-Image pipeline (11 MB) ...")
+        build_tiny_pipeline(folder)
+    (folder / "README.md").write_text(_README)
+    return trained
+
+
+def _original_pictures(source: Path) -> torch.Tensor:
+    from diffusers import DiffusionPipeline
+
+    return _painted(DiffusionPipeline.from_pretrained(source, dtype=torch.bfloat16))
+
+
+def _painted(pipeline: Any) -> torch.Tensor:
+    """A picture for each prompt from the same noise, [prompts, 3, 64, 64], 0 to 1."""
+    pipeline.set_progress_bar_config(disable=True)
+    pictures: torch.Tensor = pipeline(
+        list(PROMPTS),
+        height=64,
+        width=64,
+        num_inference_steps=9,
+        guidance_scale=0.0,
+        max_sequence_length=64,
+        generator=[torch.Generator("cpu").manual_seed(0) for _ in PROMPTS],
+        output_type="pt",
+    ).images
+    return pictures.float().cpu()
+
+
+def _sheet(rows: dict[str, torch.Tensor], size: int = 192) -> Any:
+    """Rows of pictures with their names on the left."""
+    from PIL import Image, ImageDraw  # late, as the loader that brings it
+
+    sheet = Image.new("RGB", (48 + size * len(PROMPTS), size * len(rows)), "white")
+    for row, (name, pictures) in enumerate(rows.items()):
+        ImageDraw.Draw(sheet).text((8, size * row + size // 2), name, fill="black")
+        for column, pixels in enumerate((255 * pictures).round().byte().permute(0, 2, 3, 1).numpy()):
+            painted = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
+            sheet.paste(painted, (48 + size * column, size * row))
+    return sheet
 
 
 def _is_a_demos(folder: Path) -> bool:
@@ -102,4 +156,3 @@ def build_tiny_pipeline(folder: Path, seed: int = 0) -> None:
     torch.manual_seed(seed)
     with quiet_libraries():
         tiny_pipeline(torch.bfloat16).save_pretrained(folder)
-    (folder / "README.md").write_text(_README)

@@ -62,8 +62,8 @@ class Shelf:
             np.save(self._path(whose, number), frames.numpy())
         except OSError as error:
             raise ConvertError(
-                f"The pictures cannot be kept in {self._folder.parent} ({error.strerror or one_clause(error)}) until they "
-                "are compared; set TMPDIR to a folder with room and run again."
+                f"The pictures cannot be kept in {self._folder.parent} ({error.strerror or one_clause(error)}) until "
+                "they are compared; set TMPDIR to a folder with room and run again."
             ) from error
 
     def get(self, whose: str, number: int) -> Tensor:

@@ -346,15 +346,29 @@ def test_unknown_class_is_kept_and_reported(tmp_path: Path) -> None:
     assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
 
 
-def test_demo(tmp_path: Path) -> None:
+def test_demo_paints_what_the_prompts_say(tmp_path: Path) -> None:
     said: list[str] = []
     run_demo(tmp_path / "demo", said.append)
-    run_demo(tmp_path / "demo", said.append)
+    stated = next(line for line in said if line.startswith("generated"))
+    apart = [float(found) for found in re.findall(r"[0-9]+\.[0-9]", stated)]
+    assert len(apart) == 4
+    assert min(apart) > 25  # dB: far beyond what another picture would give, some 10
+    with Image.open(tmp_path / "demo.png") as image:
+        for row in (0, 192):  # BF16 above, FP8 below: the apple's middle is red
+            red, green, blue = image.getpixel((48 + 96, row + 110))
+            assert red > 150 > max(green, blue)
+
+
+def test_demo_without_the_trained_model(tmp_path: Path) -> None:
+    said: list[str] = []
+    run_demo(tmp_path / "demo", said.append, tmp_path / "no such folder")
+    run_demo(tmp_path / "demo", said.append, tmp_path / "no such folder")
     assert verify(tmp_path / "demo").ok
     text = "\n".join(said)
     assert "fp8 w8a8 tensor" in text
     assert ": ok (" in text
     assert "every promised module is FP8" in text
+    assert "The trained model is not installed, and random weights paint noise" in text
     picture = tmp_path / "demo.png"
     with Image.open(picture) as image:
         image.rotate(90).save(picture, pnginfo=image_info(image))
