@@ -91,11 +91,9 @@ class Missed:
 
     def in_rows(self, scales: npt.NDArray[np.float32] | None = None) -> Rows:
         """The same by rows, on the host. scales: [rows, scales of a row], float32; None where all share one."""
-        sums: Sums = self.sums.cpu().numpy()
-        if scales is not None:
-            weights = np.square(scales.astype(np.float64))[:, :, None] * [1, 1, 0] + [0, 0, 1]
-            sums = np.add.accumulate(_some_noise(sums) * weights, axis=1)[:, -1:]  # one after the other
-        return Rows(self.first // self.columns, sums[:, 0], self.counts.cpu().numpy())
+        sums: Sums = np.ascontiguousarray(self.sums.cpu().numpy().T)  # long runs, which numpy is fast at
+        rows = sums[:, 0] if scales is None else _weighted(_some_noise(sums), np.square(scales.T.astype(np.float64)))
+        return Rows(self.first // self.columns, rows, self.counts.cpu().numpy())
 
 
 def _in_units(values: torch.Tensor, base: float) -> torch.Tensor:
@@ -104,14 +102,24 @@ def _in_units(values: torch.Tensor, base: float) -> torch.Tensor:
 
 
 def _some_noise(sums: Sums) -> Sums:
-    """Integer sums [..., 3] with a unit of noise, and of what it is noise of, where weights vanished at least."""
-    least = np.minimum(sums[..., 2:], 1)
-    return np.concatenate([np.maximum(sums[..., :2], least), sums[..., 2:]], axis=-1)
+    """Integer sums [3, ...] with a unit of noise, and of what it is noise of, where weights vanished at least."""
+    if sums[2].any():
+        np.maximum(sums[:2], np.minimum(sums[2], 1), out=sums[:2])
+    return sums
+
+
+def _weighted(sums: Sums, weights: npt.NDArray[np.float64]) -> Sums:
+    """Sums [3, rows] in float64 of those under each scale, [3, scales of a row, rows], one after the other."""
+    total = np.zeros((3, sums.shape[2]))
+    total[2] = sums[2].sum(axis=0)
+    for number, factors in enumerate(weights):
+        total[:2] += sums[:2, number] * factors
+    return total
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What the codes of some rows miss, from row `top` on: sums [rows, 3] and counts [2], as in `Missed`."""
+    """What the codes of some rows miss, from row `top` on: sums [3, rows] and counts [2], of `Missed`."""
 
     top: int
     sums: Sums
@@ -120,13 +128,13 @@ class Rows:
 
 def weight_error(parts: Sequence[Rows], weights: int) -> RecordedError:
     """The error of a weight of so many elements from all its rows, in pieces of any order; two may share a row."""
-    sums = np.zeros((max(part.top + len(part.sums) for part in parts), 3), parts[0].sums.dtype)
+    sums = np.zeros((3, max(part.top + part.sums.shape[1] for part in parts)), parts[0].sums.dtype)
     for part in parts:
-        sums[part.top : part.top + len(part.sums)] += part.sums
+        sums[:, part.top : part.top + part.sums.shape[1]] += part.sums
     if sums.dtype == np.int64:  # else each scale's sums had it
         sums = _some_noise(sums)
     saturated, subnormal = map(int, np.sum([part.counts for part in parts], axis=0))
-    signals, noises = sums[:, 0].astype(np.float64), sums[:, 1].astype(np.float64)
+    signals, noises = sums[:2].astype(np.float64)
     shares = noises[signals > 0] / signals[signals > 0]
     return RecordedError(
         sqnr_db=_decibels(_sum(signals), _sum(noises)),
@@ -135,7 +143,7 @@ def weight_error(parts: Sequence[Rows], weights: int) -> RecordedError:
         weights=weights,
         saturated=saturated,
         subnormal=subnormal,
-        vanished=int(sums[:, 2].sum()),
+        vanished=int(sums[2].sum()),
     )
 
 
