@@ -15,8 +15,9 @@ that are still to come. Scales stay as they are, so only codes change.
                    X Wᵀ, then rounded with H = Q(X)ᵀQ(X)
 
 The text encoder and the VAE stay as they are. Errors are against the BF16 original on prompts that are not those of the
-calibration: "output" is the transformer's on inputs that the original saw, as a signal-to-noise ratio; "pictures" is
-the PSNR of what comes out in the end. The first row is the original in float32: how far BF16 itself is off.
+calibration: "layers" is what the weights add to each layer's own output and "output" the transformer's, on inputs that
+the original saw, as signal-to-noise ratios; "pictures" is the PSNR of what comes out in the end. The first row is the
+original in float32: how far BF16 itself is off.
 """
 
 import argparse
@@ -76,18 +77,19 @@ class Gram:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; decibels, and of the pictures the mean and the worst."""
+    """One line of the table; decibels, of the layers the mean, of the pictures the mean and the worst."""
 
     weights: str
     activations: str
+    layers: float
     output: float
     pictures: float
     worst: float
 
 
-def compensated(weight: Tensor, scale: Tensor, gram: Tensor) -> Tensor:
+def compensated(weight: Tensor, scale: Tensor, gram: Tensor, damping: float) -> Tensor:
     """E4M3 codes [N, K] of `weight` [N, K] under `scale` (broadcastable to it), errors compensated by `gram` [K, K]."""
-    gram = _damped(gram)
+    gram = _damped(gram, damping)
     order = torch.argsort(gram.diagonal(), descending=True)
     rest, full = weight.double()[:, order], scale.double().expand_as(weight)[:, order]
     inverse = torch.linalg.cholesky(torch.linalg.inv(gram[order][:, order]), upper=True)
@@ -99,14 +101,21 @@ def compensated(weight: Tensor, scale: Tensor, gram: Tensor) -> Tensor:
     return codes.view(torch.int8)[:, torch.argsort(order)]
 
 
-def moved(weight: Tensor, gram: Gram) -> Tensor:
+def moved(weight: Tensor, gram: Gram, damping: float) -> Tensor:
     """The weight whose product with Q(X) is nearest to X Wᵀ, damped towards the weight itself."""
-    damped = _damped(gram.seen)
+    damped = _damped(gram.seen, damping)
     return torch.linalg.solve(damped, (gram.cross + damped - gram.seen) @ weight.double().T).T
 
 
-def _damped(gram: Tensor) -> Tensor:
-    return gram + DAMPING * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+def of_layer(weight: Tensor, layer: W8A8LinearMixin, gram: Tensor) -> float:
+    """Decibels between a layer's output and what its codes get wrong of it, for inputs with XᵀX = `gram`."""
+    exact = weight.double()
+    wrong = layer.codes.double() * _scale(layer).double() - exact
+    return 10 * math.log10(float(((exact @ gram) * exact).sum() / ((wrong @ gram) * wrong).sum()))
+
+
+def _damped(gram: Tensor, damping: float) -> Tensor:
+    return gram + damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
 
 
 def _scale(layer: W8A8LinearMixin) -> Tensor:
@@ -115,10 +124,11 @@ def _scale(layer: W8A8LinearMixin) -> Tensor:
     return kernels.expand_scale(layer.scale, layer.block, layer.codes.shape)
 
 
-ROUNDINGS: dict[str, Callable[[Tensor, W8A8LinearMixin, Gram], Tensor]] = {
-    "compensated": lambda weight, layer, gram: compensated(weight, _scale(layer), gram.plain),
-    "weighted": lambda weight, layer, gram: compensated(weight, _scale(layer), gram.weighted),
-    "moved": lambda weight, layer, gram: compensated(moved(weight, gram), _scale(layer), gram.seen),
+Rounding = Callable[[Tensor, Tensor, Gram, float], Tensor]
+ROUNDINGS: dict[str, Rounding] = {
+    "compensated": lambda weight, scale, gram, damping: compensated(weight, scale, gram.plain, damping),
+    "weighted": lambda weight, scale, gram, damping: compensated(weight, scale, gram.weighted, damping),
+    "moved": lambda weight, scale, gram, damping: compensated(moved(weight, gram, damping), scale, gram.seen, damping),
 }
 
 
@@ -168,14 +178,19 @@ class Bench:
         self._calls = calls_of(original, lambda: self._pictures.extend(self._run(original)))
         self._outputs = self._answers(original)
 
-    def measure(self, weights: str, activations: str, pipe: Any) -> Row:
+    def grams(self, transformer: Any, names: Sequence[str]) -> dict[str, Gram]:
+        """The inputs of a float32 transformer's layers over the calls that are compared."""
+        return collect(transformer, names, self._calls)
+
+    def measure(self, weights: str, activations: str, pipe: Any, layers: float) -> Row:
         pairs = list(zip(self._answers(pipe), self._outputs, strict=True))
         noise = sum(float((ours - theirs).square().sum()) for ours, theirs in pairs)
         signal = sum(float(theirs.square().sum()) for _, theirs in pairs)
         decibels = [psnr(a, b) for a, b in zip(self._run(pipe), self._pictures, strict=True)]
         output = 10 * math.log10(signal / noise)
-        row = Row(weights, activations, output, statistics.fmean(decibels), min(decibels))
-        print(f"{weights:14} {activations:12} {output:10.2f} {row.pictures:14.2f} {row.worst:10.2f}", flush=True)
+        row = Row(weights, activations, layers, output, statistics.fmean(decibels), min(decibels))
+        shown = f"{layers:10.2f} {output:10.2f} {row.pictures:14.2f} {row.worst:10.2f}"
+        print(f"{weights:14} {activations:12} {shown}", flush=True)
         return row
 
     def _run(self, pipe: Any) -> list[Tensor]:
@@ -202,7 +217,9 @@ def choose_backend(pipe: Any, backend: str) -> None:
             module.backend = backend
 
 
-def bench(model: Path, device: torch.device, sampling: Sampling, block: tuple[int, int] | None) -> list[Row]:
+def bench(
+    model: Path, device: torch.device, sampling: Sampling, block: tuple[int, int] | None, damping: float
+) -> list[Row]:
     calibration, held_out = ([name.strip() for name in text.split(";")] for text in (CALIBRATION, HELD_OUT))
     original = DiffusionPipeline.from_pretrained(model, dtype=torch.bfloat16).to(device)
     wide = DiffusionPipeline.from_pretrained(model, dtype=torch.float32).to(device)
@@ -215,17 +232,23 @@ def bench(model: Path, device: torch.device, sampling: Sampling, block: tuple[in
     grams = collect(wide.transformer, list(layers), calls)
     compare = Bench(original, held_out, sampling)
     print(f"{len(layers)} layers, {len(calibration)} prompts to calibrate, {len(held_out)} to measure")
-    print(f"{'weights':14} {'activations':12} {'output, dB':>10} {'pictures, dB':>14} {'worst, dB':>10}")
-    rows = [compare.measure("float32", "float32", wide)]
+    print(
+        f"{'weights':14} {'activations':12} {'layers, dB':>10} {'output, dB':>10}"
+        f" {'pictures, dB':>14} {'worst, dB':>10}"
+    )
+    rows = [compare.measure("float32", "float32", wide, math.inf)]
+    seen = compare.grams(wide.transformer, list(layers))
     nearest = {name: layer.codes.view(torch.int8).clone() for name, layer in layers.items()}
     for name in ("nearest", *ROUNDINGS):
+        ratios = []
         for path, layer in layers.items():
             weight = original.transformer.get_submodule(path).weight.detach()
-            codes = ROUNDINGS[name](weight, layer, grams[path]) if name in ROUNDINGS else nearest[path]
+            codes = ROUNDINGS[name](weight, _scale(layer), grams[path], damping) if name in ROUNDINGS else nearest[path]
             layer.weight.copy_(codes)
+            ratios.append(of_layer(weight, layer, seen[path].plain))
         for backend, activations in (("scaled_mm", "E4M3"), ("dequantize", "BF16")):
             choose_backend(pipe, backend)
-            rows.append(compare.measure(name, activations, pipe))
+            rows.append(compare.measure(name, activations, pipe, statistics.fmean(ratios)))
     return rows
 
 
@@ -236,13 +259,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--size", type=int, default=64, help="pixels of a side")
     parser.add_argument("--block", type=int, nargs=2, metavar=("ROWS", "COLUMNS"), help="block scales")
+    parser.add_argument("--damping", type=float, default=DAMPING, help="of H, in its mean diagonals")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     extra = {"max_sequence_length": 32}
     sampling = Sampling(steps=given.steps, height=given.size, width=given.size, guidance=0.0, extra=extra)
-    rows = bench(given.model, torch.device(given.device), sampling, given.block and tuple(given.block))
+    rows = bench(given.model, torch.device(given.device), sampling, given.block and tuple(given.block), given.damping)
     if given.json:
-        versions = {"torch": torch.__version__, "device": given.device}
+        versions = {"torch": torch.__version__, "device": given.device, "damping": given.damping}
         given.json.write_text(json.dumps({**versions, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
 
 

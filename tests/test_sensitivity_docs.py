@@ -11,7 +11,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from fp8_convert.converter import inspect, verify
 from fp8_convert.converter.cli.commands import main
 
 ROOT = Path(__file__).parent.parent
@@ -19,12 +18,13 @@ PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("sensitiv
 
 
 def fences(page: str, language: str) -> list[str]:
+    """The page's snippets, for one step; a budget that this needs something for."""
     found = re.findall(r"^```(\w*)\n(.*?)^```", PAGES[page], re.MULTILINE | re.DOTALL)
-    return [
-        body.replace("--steps 16", "--steps 2").replace("steps=16", "steps=2")
-        for name, body in found
-        if name == language
-    ]
+    smaller = {"--steps 16": "--steps 1", "steps=16": "steps=1", "32dB": "36dB"}
+    bodies = [body for name, body in found if name == language]
+    for stated, small in smaller.items():
+        bodies = [body.replace(stated, small) for body in bodies]
+    return bodies
 
 
 @pytest.fixture(autouse=True)
@@ -51,12 +51,12 @@ def run(page: str) -> list[str]:
 def test_the_commands_of_sensitivity() -> None:
     ranking, proposed, _, _, snapshot = run("sensitivity")
     assert "transformer.layers.*.feed_forward.(w1|w3)" in ranking
-    assert re.search(r"proposal for 32 dB: keep \d+ units", proposed)
-    assert "measured transformer 32." in proposed
+    assert re.search(r"proposal for 36 dB: keep \d+ units", proposed)
+    (decibels,) = re.findall(r"measured transformer (\d+\.\d) dB", proposed)
+    assert float(decibels) >= 36
     assert "wrote mine.toml" in proposed
     assert "SUSPECT" not in snapshot
-    reasons = {g.why for c in inspect("emoji-fp8").components for g in c.groups}
-    assert any("fp8-convert sensitivity: " in str(why) for why in reasons) or verify("emoji-fp8").ok
+    assert "fp8-convert sensitivity: " in Path("emoji-fp8/fp8_convert.json").read_text()
 
 
 def test_the_commands_of_calibrate() -> None:

@@ -59,9 +59,11 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def record_without_sources(folder: Path) -> Any:
-    """The record but for what tells the files that it was made from, and its own digest."""
+    """The record but for its own digest, what tells the files that it was made from, and what codes miss of those."""
     record = json.loads((folder / RECORD).read_text())
     del record["record_sha256"]
+    for component in record["components"].values():
+        del component["errors"]
     for shard in record["shards"].values():
         del shard["source_size"], shard["source_sha256"]
     return record
