@@ -123,9 +123,7 @@ class Story:
         )
         told = found.to_json()
         self.found["machine"] = told["machine"]
-        self.found["rows"].append(
-            {"recipe": name} | {key: told[key] for key in ("control", "summary", "problems", "cases")}
-        )
+        self.found["rows"].append({"recipe": name} | {key: told[key] for key in ("control", "summary", "problems")})
         print(f"{name}: {time.monotonic() - started:.0f} s, {found.verdict}", *found.problems, sep="\n  ", flush=True)
 
 

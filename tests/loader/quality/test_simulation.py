@@ -36,8 +36,8 @@ def format_of(mode: str, block: Block) -> WeightFormat:
 @pytest.mark.parametrize("bias", [True, False])
 def test_it_gives_what_the_fp8_layer_gives(block: Block, mode: str, bias: bool, device: torch.device) -> None:
     torch.manual_seed(0)
-    plain = nn.Linear(384, 256, bias=bias).to(device)
-    x = torch.randn(2, 40, 384, device=device) * torch.logspace(-2, 1, 40, device=device)[:, None]
+    plain = nn.Linear(512, 256, bias=bias).to(device)
+    x = torch.randn(2, 40, 512, device=device) * torch.logspace(-2, 1, 40, device=device)[:, None]
     options = {"backend": "scaled_mm"} if mode == "w8a8" else {}
     twin = fp8_twin(plain, mode, block, **options)
     layer = layer_of(plain, format_of(mode, block))
