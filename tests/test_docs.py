@@ -35,6 +35,7 @@ def reader(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServe
         hub.tokens["hf_readers"] = "me"
         monkeypatch.setenv("HF_TOKEN", "hf_readers")
         copied(saved("z_image"), tmp_path / "my-pipeline")
+        Path("prompts.txt").write_text("a red cube\n")
         yield hub
 
 
@@ -48,8 +49,11 @@ def test_commands_of_the_readme(reader: HubServer) -> None:
     assert len(commands()) > 5
     for command in commands():
         shutil.rmtree("out", ignore_errors=True)
-        result = CliRunner().invoke(main, shlex.split(command)[1:], catch_exceptions=False)
+        small = ["--height", "32", "--width", "32"] if "--prompts" in command else []
+        typed = shlex.split(command.replace("--steps 20", "--steps 2"))[1:]
+        result = CliRunner().invoke(main, [*typed, *small], catch_exceptions=False)
         assert result.exit_code == 0, f"{command}: {result.output}"
+    assert all(Path(file).is_file() for file in ("report.html", "mine.toml", "scales.safetensors"))
 
 
 def test_converting_in_python(reader: HubServer) -> None:
