@@ -77,11 +77,11 @@ class Gram:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; decibels, of the layers the mean, of the pictures the mean and the worst."""
+    """One line of the table; decibels, of the layers the mean (None: exact), of the pictures the mean and the worst."""
 
     weights: str
     activations: str
-    layers: float
+    layers: float | None
     output: float
     pictures: float
     worst: float
@@ -182,14 +182,14 @@ class Bench:
         """The inputs of a float32 transformer's layers over the calls that are compared."""
         return collect(transformer, names, self._calls)
 
-    def measure(self, weights: str, activations: str, pipe: Any, layers: float) -> Row:
+    def measure(self, weights: str, activations: str, pipe: Any, layers: float | None) -> Row:
         pairs = list(zip(self._answers(pipe), self._outputs, strict=True))
         noise = sum(float((ours - theirs).square().sum()) for ours, theirs in pairs)
         signal = sum(float(theirs.square().sum()) for _, theirs in pairs)
         decibels = [psnr(a, b) for a, b in zip(self._run(pipe), self._pictures, strict=True)]
         output = 10 * math.log10(signal / noise)
         row = Row(weights, activations, layers, output, statistics.fmean(decibels), min(decibels))
-        shown = f"{layers:10.2f} {output:10.2f} {row.pictures:14.2f} {row.worst:10.2f}"
+        shown = f"{'exact' if layers is None else format(layers, '.2f'):>10} {output:10.2f} {row.pictures:14.2f} {row.worst:10.2f}"
         print(f"{weights:14} {activations:12} {shown}", flush=True)
         return row
 
@@ -236,7 +236,7 @@ def bench(
         f"{'weights':14} {'activations':12} {'layers, dB':>10} {'output, dB':>10}"
         f" {'pictures, dB':>14} {'worst, dB':>10}"
     )
-    rows = [compare.measure("float32", "float32", wide, math.inf)]
+    rows = [compare.measure("float32", "float32", wide, None)]
     seen = compare.grams(wide.transformer, list(layers))
     nearest = {name: layer.codes.view(torch.int8).clone() for name, layer in layers.items()}
     for name in ("nearest", *ROUNDINGS):
