@@ -189,7 +189,8 @@ class Bench:
         decibels = [psnr(a, b) for a, b in zip(self._run(pipe), self._pictures, strict=True)]
         output = 10 * math.log10(signal / noise)
         row = Row(weights, activations, layers, output, statistics.fmean(decibels), min(decibels))
-        shown = f"{'exact' if layers is None else format(layers, '.2f'):>10} {output:10.2f} {row.pictures:14.2f} {row.worst:10.2f}"
+        own = "exact" if layers is None else f"{layers:.2f}"
+        shown = f"{own:>10} {output:10.2f} {row.pictures:14.2f} {row.worst:10.2f}"
         print(f"{weights:14} {activations:12} {shown}", flush=True)
         return row
 
