@@ -279,7 +279,7 @@ def test_input_scales_for_dynamic_activations(tmp_path: Path, output: Path) -> N
 @pytest.mark.parametrize(
     ("scales", "names"),
     [
-        ({f"{LAYER}.input_scale": torch.tensor(1.0)}, ".input_scale of transformer; calibrate"),  # others lack
+        ({f"{LAYER}.input_scale": torch.tensor(1.0)}, ".input_scale of transformer; calibrate"),  # all others lack
         ({f"{LAYER}.input_scale": torch.tensor(float("nan"))}, f"{LAYER}.input_scale"),
         ({f"{LAYER}.input_scale": torch.tensor(-1.0)}, f"{LAYER}.input_scale"),
         ({f"{LAYER}.input_scale": torch.ones(2)}, f"{LAYER}.input_scale"),

@@ -59,11 +59,11 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def record_without_sources(folder: Path) -> Any:
-    """The record but for its own digest, what tells the files that it was made from, and what codes miss of those."""
+    """The record but for its own digest, and what depends on the source's weights: of errors only whose they are."""
     record = json.loads((folder / RECORD).read_text())
     del record["record_sha256"]
     for component in record["components"].values():
-        del component["errors"]
+        component["errors"] = {layer: error["weights"] for layer, error in component["errors"].items()}
     for shard in record["shards"].values():
         del shard["source_size"], shard["source_sha256"]
     return record
