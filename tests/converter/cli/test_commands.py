@@ -357,7 +357,8 @@ def test_demo_knows_its_folder_until_another_snapshot_replaces_it(tmp_path: Path
     (tmp_path / "tiny" / "README.md").write_text(demo._README)
     convert(tmp_path / "tiny", tmp_path / "out")  # as a demo whose model is not this one's left it
     run("demo", "-o", tmp_path / "out")
-    run(saved("z_image"), "-o", tmp_path / "out", "--force")
+    (tmp_path / "tiny" / "README.md").write_text("# A model of one's own\n")
+    run(tmp_path / "tiny", "-o", tmp_path / "out", "--force")
     before = contents(tmp_path / "out")
     assert "not the demo's" in run("demo", "-o", tmp_path / "out", code=1).stderr
     assert contents(tmp_path / "out") == before
