@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from .kernels import GROUP
-from .product import Product, block_scale_step, scaled_product
+from .product import Product, scaled_product
 
 Backend = Literal["auto", "scaled_mm", "dequantize"]
 
@@ -48,34 +48,40 @@ def choose(
         return ChosenProduct("dequantize", f"no FP8 matrix product on device type {device_type}")
     if rows % 16 or columns % 16:
         return ChosenProduct("dequantize", f"a weight of {rows}x{columns} is not a multiple of 16x16")
-    if wanted == "groups" and -(-columns // GROUP) % 4 and block_scale_step(device_index) == 1:
-        return ChosenProduct("dequantize", f"torch {torch.__version__} mistakes the block scales of {columns} columns")
-    missing = _missing_on_cuda(device_index, wanted)
+    missing = _missing_on_cuda(device_index, wanted, wanted == "groups" and -(-columns // GROUP) % 4 != 0)
     if missing:
         return ChosenProduct("dequantize", missing)
     return ChosenProduct(wanted, f"{torch.cuda.get_device_name(device_index)} has FP8 matrix units")
 
 
 @functools.cache
-def _missing_on_cuda(device_index: int, wanted: Product) -> str | None:
-    """Why CUDA device `device_index` cannot run `wanted`; None where it can. Runs a 16-token product to be sure."""
+def _missing_on_cuda(device_index: int, wanted: Product, odd: bool) -> str | None:
+    """Why CUDA device `device_index` cannot run `wanted`; None where it can. Runs a product of 16 tokens to be sure.
+
+    odd: with rows of block scales that are no multiple of four, which some releases of torch mistake.
+    """
     major, minor = torch.cuda.get_device_capability(device_index)
     if torch.version.hip:
         return "ROCm is not supported"
     if (major, minor) < (8, 9):
         return f"compute capability {major}.{minor} is below 8.9"
     device = torch.device("cuda", device_index)
-    x = torch.ones(16, 512, dtype=torch.bfloat16, device=device)
-    codes = torch.ones(256, 512, device=device).to(torch.float8_e4m3fn)
-    scale = torch.arange(1.0, 9.0, device=device).view(2, 4) if wanted == "groups" else torch.ones((), device=device)
-    expected = (128 * scale.sum(1)).repeat_interleave(128) if wanted == "groups" else torch.tensor(512.0, device=device)
+    blocks = 3 if odd else 4
+    x = torch.ones(16, blocks * GROUP, dtype=torch.bfloat16, device=device)
+    codes = torch.ones(256, blocks * GROUP, device=device).to(torch.float8_e4m3fn)
+    one, bias = torch.ones((), device=device), torch.ones(256, dtype=torch.bfloat16, device=device)
+    scale, expected = one, torch.tensor(blocks * GROUP + 1.0, device=device)
+    if wanted == "groups":
+        scale = torch.arange(1.0, 2 * blocks + 1, device=device).view(2, blocks)
+        expected = (GROUP * scale.sum(1)).repeat_interleave(GROUP) + 1
     try:
-        out = scaled_product(wanted, x, codes, scale, torch.ones((), device=device), None).float()
+        out = scaled_product(wanted, x, codes, scale, one, bias).float()
         torch.cuda.synchronize(device)
     except (RuntimeError, ValueError) as error:
         return f"torch {torch.__version__} cannot run it there ({str(error).splitlines()[0][:120]})"
     if not torch.allclose(out, expected.expand_as(out), rtol=0.01):
-        return f"torch {torch.__version__} computes it wrongly there"
+        said = f" for block scales of {blocks} columns" if odd else ""
+        return f"torch {torch.__version__} computes it wrongly there{said}"
     return None
 
 

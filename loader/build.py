@@ -17,6 +17,7 @@ from ..converter.telling.errors import ConvertError, LoadError, one_clause
 from .backend import Backend
 from .checkpoint import Fp8Modules
 from .install import install
+from .shared_input import share_inputs
 
 
 def build(component: Component, dtype: torch.dtype) -> nn.Module:
@@ -90,6 +91,7 @@ def install_all(
             install(parts[own], how, dtype=dtype, activation_scheme=scheme, backend=backend, name=own)
         except (TypeError, ValueError) as error:
             raise LoadError(f"{label} cannot be loaded: {error}.") from error
+    share_inputs(model)
 
 
 def target_dtype(model: nn.Module, name: str, source: torch.dtype, dtype: torch.dtype) -> torch.dtype:

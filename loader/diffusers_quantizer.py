@@ -4,6 +4,7 @@ A converted DiT or VAE loads through `from_pretrained`, and an original one conv
 `quantization_config=Fp8Config(...)`. Both give the modules and bytes that `load_pipeline` gives.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ from .checkpoint import Fp8Modules, check_scale, fp8_modules
 from .fp8_config import Fp8Config
 from .original import ChosenFiles, component_of, plan_of, planned_modules
 from .saving import saved_state
+from .shared_input import settle
 from .weights import Fp8Weight
+
+logger = logging.getLogger(__name__)
 
 
 class Fp8DiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
@@ -136,6 +140,7 @@ class Fp8DiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         if self._plan is not None and self._plan.config is not None:
             self.quantization_config = Fp8Config(**self._plan.config[layout.CONFIG_KEY])
         self._component = self._plan = None
+        settle(model)
         self.attach(model)
         return model
 
@@ -151,6 +156,8 @@ class Fp8DiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         model.is_quantized = False  # it would forbid `.to(dtype)` and `save_lora_adapter`, which work
         model.register_to_config(quantization_config=self.quantization_config.to_dict())
         model.fuse_lora = refuse_fuse_lora
+        if hasattr(model, "fuse_qkv_projections"):
+            model.fuse_qkv_projections = keep_projections
 
 
 def refuse_fuse_lora(*_: Any, **__: Any) -> None:
@@ -159,3 +166,8 @@ def refuse_fuse_lora(*_: Any, **__: Any) -> None:
         "FP8 weights cannot take in a LoRA: fusing would requantise them and lose most of it. Leave the adapter beside "
         "them (it runs unfused, set_adapters sets its weight), or fuse it into the BF16 model and convert that."
     )
+
+
+def keep_projections(*_: Any, **__: Any) -> None:
+    """Stands in for `fuse_qkv_projections`, which would copy codes without their scales."""
+    logger.info("q, k and v with FP8 weights share their input already (shared_input.py): nothing is fused anew")

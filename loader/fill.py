@@ -194,6 +194,8 @@ class Filler:
             part._parameters[leaf] = nn.Parameter(tensor, requires_grad=old is not None and old.requires_grad)
         else:
             part._buffers[leaf] = tensor
+        if isinstance(part, Fp8Weight) and part.shared is not None:
+            part.shared.settle()
 
 
 def fill_from_shards(filler: Filler, shards: Iterable[Shard], supply: Supply) -> None:

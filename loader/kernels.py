@@ -22,6 +22,8 @@ from ..converter.stream.quantize import E4M3_MAX, MIN_SCALE
 E4M3 = torch.float8_e4m3fn
 GROUP = 128
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 # Elements that one step of a plain dequantisation holds in float32.
 _CHUNK = {"cpu": 1 << 20, "cuda": 1 << 24}
 
@@ -38,8 +40,14 @@ def _triton(device_index: int) -> ModuleType | None:
     return triton_kernels
 
 
-def _fast(x: Tensor) -> ModuleType | None:
-    if not x.is_cuda or torch.compiler.is_compiling():
+def has_triton(device_index: int) -> bool:
+    """Whether a CUDA device runs the Triton forms."""
+    return _triton(device_index) is not None
+
+
+def fast(x: Tensor) -> ModuleType | None:
+    """The Triton forms, where `x` can be handed to them: by pointer, so that no subclass, mode or trace sees it."""
+    if not x.is_cuda or type(x) not in _PLAIN or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return None
     return _triton(x.device.index)
 
@@ -50,28 +58,30 @@ def quantize_rows(x: Tensor, factor: Tensor, kept: bool = False) -> tuple[Tensor
     `factor` is float32 of shape (): the weight's scale, or one. Returns codes [M, K] float8_e4m3fn, scales [M, 1]
     float32. With `kept` they may lie in memory that the next such call of this thread, on this stream, writes over.
     """
-    fast = _fast(x)
-    if fast is not None:
-        codes, scale = fast.quantize_rows(x, factor, kept)
+    triton = fast(x)
+    if triton is not None:
+        codes, scale = triton.quantize_rows(x, factor, kept)
         return codes, scale
     wide = x.float()
-    scale = (wide.abs().amax(dim=-1, keepdim=True) / E4M3_MAX).clamp(min=MIN_SCALE)
+    scale = _scale_of(wide)
     return (wide * scale.reciprocal()).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), scale * factor
 
 
-def quantize_groups(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_groups(x: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
     """Codes of `x` [M, K] with one scale for each 1x128 group of a row.
 
-    Returns codes [M, K] float8_e4m3fn and scales [M, ceil(K / 128)] float32 with strides (1, M).
+    Returns codes [P, K] float8_e4m3fn and scales [P, ceil(K / 128)] float32 with strides (1, P), where P is M raised to
+    a multiple of `multiple`; what the rows beyond M hold means nothing.
     """
-    fast = _fast(x)
-    if fast is not None:
-        codes, scale = fast.quantize_groups(x)
+    triton = fast(x)
+    if triton is not None:
+        codes, scale = triton.quantize_groups(x, multiple)
         return codes, scale
+    x = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[0] % multiple))
     rows, width = x.shape
     groups = -(-width // GROUP)
     wide = torch.nn.functional.pad(x.float(), (0, groups * GROUP - width)).view(rows, groups, GROUP)
-    scale = (wide.abs().amax(dim=-1, keepdim=True) / E4M3_MAX).clamp(min=MIN_SCALE)
+    scale = _scale_of(wide)
     codes = (wide * scale.reciprocal()).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
     columns = scale.view(rows, groups).t().reshape(-1).view(groups, rows)
     return codes.view(rows, groups * GROUP)[:, :width].contiguous(), columns.t()
@@ -79,11 +89,18 @@ def quantize_groups(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def quantize_static(x: Tensor, input_scale: Tensor) -> Tensor:
     """Codes [M, K] of `x` [M, K] under one given scale (float32, shape ()); values beyond 448 scales saturate."""
-    fast = _fast(x)
-    if fast is not None:
-        codes: Tensor = fast.quantize_static(x, input_scale)
+    triton = fast(x)
+    if triton is not None:
+        codes: Tensor = triton.quantize_static(x, input_scale)
         return codes
     return (x.float() * input_scale.reciprocal()).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+
+
+def _scale_of(x: Tensor) -> Tensor:
+    """The scale of each row of `x` [..., K], float32: [..., 1]."""
+    amax = x.abs().amax(dim=-1, keepdim=True)
+    # By a tensor, since CUDA multiplies with the reciprocal of a number, which has other bits.
+    return (amax / torch.full((), E4M3_MAX, device=x.device)).clamp(min=MIN_SCALE)
 
 
 def expand_scale(scale: Tensor, block: tuple[int, int], shape: torch.Size) -> Tensor:
@@ -103,9 +120,9 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype, block: tuple[in
     if torch.compiler.is_compiling():
         full = scale if block is None else expand_scale(scale, block, codes.shape)
         return (codes.float() * full).to(dtype)
-    fast = _fast(codes)
-    if fast is not None:
-        weight: Tensor = fast.dequantize(codes, scale, dtype, block)
+    triton = fast(codes)
+    if triton is not None:
+        weight: Tensor = triton.dequantize(codes, scale, dtype, block)
         return weight
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     if codes.numel() == 0 or codes.is_meta:

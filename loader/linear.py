@@ -11,11 +11,12 @@ the weight is dequantised for this one forward and the activations stay as they 
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from . import kernels
 from .backend import Backend, ChosenProduct, announce, choose
+from .few_tokens import W8A8_TOKENS
 from .product import Product, scaled_product
+from .weight_only import multiplies_codes, wants_gradient, weight_only_linear
 from .weights import INPUT_SCALE, Fp8Weight, Mode
 
 
@@ -47,15 +48,27 @@ class W8A8LinearMixin(Fp8Weight, nn.Linear):
         return choose(self.backend, self.wanted, device.type, device.index, self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = self.dtype_for(x)
-        product: Product = "dequantize" if self.high_precision else self.wanted
+        product: Product = "dequantize" if self.high_precision or wants_gradient(x) else self.wanted
         if product != "dequantize":
             product = _product(
                 self.backend, product, x.device.type, x.device.index, self.out_features, self.in_features
             )
-        if product == "dequantize" or dtype == torch.float64 or (x.requires_grad and torch.is_grad_enabled()):
-            return linear(x.to(dtype), self.dequantized(dtype), self._bias(dtype))
-        flat = x if x.dtype == dtype else x.to(dtype)
-        flat = flat if flat.dim() == 2 else flat.reshape(-1, self.in_features)
-        out = scaled_product(product, flat, self.codes, self.scale, self._buffers.get(INPUT_SCALE), self._bias(dtype))
+        dtype = self.dtype_for(x)
+        if product == "dequantize" or dtype == torch.float64 or self._multiplies_codes(x):
+            return weight_only_linear(self, x)
+        out = self._shared_product(product, x) if self.shared is not None and x.dtype == dtype else None
+        if out is None:
+            flat = (x if x.dtype == dtype else x.to(dtype)).reshape(-1, self.in_features)
+            out = scaled_product(product, flat, self.codes, self.scale, self.static_scale, self.bias_in(dtype))
         return out if x.dim() == 2 else out.view(*x.shape[:-1], self.out_features)
+
+    def _shared_product(self, product: Product, x: Tensor) -> Tensor | None:
+        """What the group has, or computes with the others in mind; None where this layer is on its own."""
+        assert self.shared is not None
+        if not torch.compiler.is_compiling():
+            return self.shared.product(self, product, x)
+        return None if product == "tensor" else self.shared.compiled_product(self, product, x)
+
+    def _multiplies_codes(self, x: Tensor) -> bool:
+        """Whether so few tokens are faster with a weight that is not multiplied in FP8."""
+        return self.backend == "auto" and multiplies_codes(self, x, W8A8_TOKENS)

@@ -2,13 +2,13 @@
 
 The dequantised weight is a local of that forward: it is freed when the layer returns, so two of them never
 exist at once, and the stored codes are never written. Output equals that of a plain layer holding the
-dequantised weight. Convolutions override `_conv_forward` only, so that the padding of causal convolutions
-around it stays theirs.
+dequantised weight, up to the order of sums where few tokens multiply the codes themselves (`weight_only.py`).
+Convolutions override `_conv_forward` only, so that the padding of causal convolutions around it stays theirs.
 """
 
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
+from .weight_only import weight_only_linear
 from .weights import Fp8Weight, Mode
 
 
@@ -18,8 +18,7 @@ class StorageLinearMixin(Fp8Weight, nn.Linear):
     mode: Mode = "storage"  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = self.dtype_for(x)
-        return linear(x.to(dtype), self.dequantized(dtype), self._bias(dtype))
+        return weight_only_linear(self, x)
 
 
 class StorageConvMixin(Fp8Weight):

@@ -10,13 +10,13 @@ written once.
 
 import functools
 import threading
-from collections.abc import Hashable
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .triton_launch import current_stream, launch
 
 _E4M3 = torch.float8_e4m3fn
 
@@ -45,8 +45,8 @@ def _rows(x, codes, scales, factor, width, stride, BLOCK: tl.constexpr):
     tl.store(scales + row, scale * tl.load(factor))
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _groups(x, codes, scales, rows, width, stride, ROWS: tl.constexpr, GROUP: tl.constexpr):
+@triton.jit(do_not_specialize=["rows", "padded"])
+def _groups(x, codes, scales, rows, padded, width, stride, ROWS: tl.constexpr, GROUP: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
     inside = (row < rows)[:, None] & (column < width)[None, :]
@@ -55,7 +55,7 @@ def _groups(x, codes, scales, rows, width, stride, ROWS: tl.constexpr, GROUP: tl
     scale = tl.maximum(tl.div_rn(amax, 448.0), 1.1754943508222875e-38, propagate_nan=tl.PropagateNan.ALL)
     inverse = tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), scale)
     tl.store(codes + row[:, None] * width + column[None, :], _encode(value, inverse[:, None]), mask=inside)
-    tl.store(scales + tl.program_id(1).to(tl.int64) * rows + row, scale, mask=row < rows)
+    tl.store(scales + tl.program_id(1).to(tl.int64) * padded + row, scale, mask=row < rows)
 
 
 @triton.jit
@@ -85,54 +85,20 @@ def _dequantize_block(codes, weight, scale, n, k, wide, bn, bk, ROWS: tl.constex
     tl.store(weight + row[:, None] * k + column[None, :], (value * factor).to(weight.dtype.element_ty), mask=inside)
 
 
-# Launching through the JIT costs the host three times as much as the launch itself: it binds and specialises
-# the arguments anew each time. A compiled kernel is kept for each set of facts that it was specialised on.
-_compiled: dict[Hashable, Any] = {}
-
-
-def _launch(kernel: Any, facts: Hashable, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], *rest: int) -> None:
-    """Runs `kernel` over `tensors` (all on one device) and `rest`.
-
-    `facts` are what else the compiled kernel depends on: dtypes, and the integers it is specialised on.
-    `rest` ends with the compile-time arguments, the last one the block that decides the number of warps.
-    """
-    device = tensors[0].get_device()
-    if device != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return _launch(kernel, facts, grid, tensors, *rest)
-    aligned = True
-    for tensor in tensors:
-        aligned = aligned and not tensor.data_ptr() % 16
-    key = (kernel.fn, device, facts, aligned)
-    made = _compiled.get(key)
-    if made is None:
-        _compiled[key] = kernel[grid](*tensors, *rest, num_warps=_warps(rest[-1]))
-    else:
-        made[grid](*tensors, *rest, stream=_stream(device))
-
-
-def _stream(device: int) -> int:
-    return torch._C._cuda_getCurrentRawStream(device)
-
-
-def _warps(block: int) -> int:
-    return 4 if block <= 4096 else 8 if block <= 8192 else 16
-
-
 def _row_strided(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-# Small activations are bound by the host, and an allocation costs it as much as half a launch: their codes go
-# into memory that is kept for each thread and stream, whose own order makes reuse safe.
-_KEPT_BYTES = 64 * 1024 * 1024
+# A few hundred tokens are bound by the host, and two allocations cost it as much as half a launch (23 us against 15 on
+# a slow host): their codes go into memory that is kept for each thread and stream, whose own order makes reuse safe.
+_KEPT_BYTES = 8 * 1024 * 1024
 _kept: dict[tuple[int, int, int], tuple[Tensor, dict[tuple[int, int], tuple[Tensor, Tensor]]]] = {}
 
 
 def _kept_outputs(rows: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Codes and scales to overwrite: valid until the next call for this thread and stream."""
     index = device.index
-    key = (threading.get_ident(), index, _stream(index))
+    key = (threading.get_ident(), index, current_stream(index))
     kept = _kept.get(key)
     if kept is None:
         memory = torch.empty(_KEPT_BYTES, dtype=torch.uint8, device=device)
@@ -159,7 +125,9 @@ def quantize_rows(x: Tensor, factor: Tensor, kept: bool = False) -> tuple[Tensor
     if x.numel():
         stride = x.stride(0)
         block = _next_power_of_2(width)
-        _launch(_rows, (x.dtype, width, stride), (rows, 1, 1), (x, codes, scales, factor), width, stride, block)
+        warps = 4 if block <= 4096 else 8 if block <= 8192 else 16
+        tensors = (x, codes, scales, factor)
+        launch(_rows, (x.dtype, width, stride), (rows, 1, 1), tensors, width, stride, block, warps=warps)
     return codes, scales
 
 
@@ -168,16 +136,16 @@ def _next_power_of_2(width: int) -> int:
     return int(triton.next_power_of_2(width))
 
 
-def quantize_groups(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_groups(x: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
     x = _row_strided(x)
     rows, width = x.shape
-    groups = -(-width // 128)
-    codes = torch.empty((rows, width), dtype=_E4M3, device=x.device)
-    scales = torch.empty((groups, rows), dtype=torch.float32, device=x.device)
+    groups, padded = -(-width // 128), -(-rows // multiple) * multiple
+    codes = torch.empty((padded, width), dtype=_E4M3, device=x.device)
+    scales = torch.empty((groups, padded), dtype=torch.float32, device=x.device)
     if x.numel():
         stride = x.stride(0)
         grid = (-(-rows // 32), groups, 1)
-        _launch(_groups, (x.dtype, width, stride), grid, (x, codes, scales), rows, width, stride, 32, 128)
+        launch(_groups, (x.dtype, width, stride), grid, (x, codes, scales), rows, padded, width, stride, 32, 128)
     return codes, scales.t()
 
 
@@ -189,7 +157,7 @@ def quantize_static(x: Tensor, input_scale: Tensor) -> Tensor:
         stride = x.stride(0)
         block = min(4096, triton.next_power_of_2(width))
         grid = (rows, -(-width // block), 1)
-        _launch(_static, (x.dtype, width, stride), grid, (x, codes, input_scale), width, stride, block)
+        launch(_static, (x.dtype, width, stride), grid, (x, codes, input_scale), width, stride, block)
     return codes
 
 
@@ -202,10 +170,10 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype, block: tuple[in
         block = 1, codes.shape[1]
     if block is None:
         grid = (-(-count // 4096), 1, 1)
-        _launch(_dequantize_tensor, (dtype, count), grid, (codes, weight, scale), count, 4096)
+        launch(_dequantize_tensor, (dtype, count), grid, (codes, weight, scale), count, 4096)
     else:
         (n, k), (bn, bk) = codes.shape, block
         grid = (-(-n // 16), -(-k // 256), 1)
         facts = (dtype, n, k, bn, bk)
-        _launch(_dequantize_block, facts, grid, (codes, weight, scale), n, k, scale.shape[1], bn, bk, 16, 256)
+        launch(_dequantize_block, facts, grid, (codes, weight, scale), n, k, scale.shape[1], bn, bk, 16, 256)
     return weight

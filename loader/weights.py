@@ -11,7 +11,7 @@ parameters; `save_pretrained` writes float8_e4m3fn. Loading takes either and ref
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from ..converter.format import layout
 from . import kernels
 from .checkpoint import check_scale
+
+if TYPE_CHECKING:
+    from .shared_input import SharedInput
 
 Mode = Literal["w8a8", "storage"]
 WEIGHT_SCALE, WEIGHT_SCALE_INV, INPUT_SCALE = (
@@ -37,6 +40,7 @@ class Fp8Weight(nn.Module):
 
     format: layout.WeightFormat
     compute_dtype: torch.dtype
+    shared: "SharedInput | None" = None  # linears that are given the same activations
 
     @property
     def codes(self) -> Tensor:
@@ -47,6 +51,11 @@ class Fp8Weight(nn.Module):
     def scale(self) -> Tensor:
         """The weight scale, float32: () per tensor, [N, 1] per row, [ceil(N / bn), ceil(K / bk)] for blocks."""
         return cast(Tensor, self._buffers[WEIGHT_SCALE_INV if self.block else WEIGHT_SCALE])
+
+    @property
+    def static_scale(self) -> Tensor | None:
+        """The activations' one scale, float32 (); None where they are scaled as they come."""
+        return self._buffers.get(INPUT_SCALE)
 
     @property
     def block(self) -> layout.Block | None:
@@ -68,7 +77,8 @@ class Fp8Weight(nn.Module):
             return torch.get_autocast_dtype(x.device.type)
         return x.dtype if x.is_floating_point() else self.compute_dtype
 
-    def _bias(self, dtype: torch.dtype) -> Tensor | None:
+    def bias_in(self, dtype: torch.dtype) -> Tensor | None:
+        """The bias in `dtype`, itself where it is of it; None where there is none."""
         bias = self._parameters["bias"]
         return bias if bias is None or bias.dtype == dtype else bias.to(dtype)
 
@@ -89,6 +99,8 @@ class Fp8Weight(nn.Module):
         probe = fn(torch.empty(0, dtype=self.compute_dtype, device=self.codes.device))
         if probe.is_floating_point():
             self.compute_dtype = probe.dtype
+        if self.shared is not None:
+            self.shared.settle()
         return cast(nn.Module, applied)
 
     def _load_from_state_dict(
