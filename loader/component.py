@@ -2,7 +2,9 @@
 
 import logging
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from ..converter.snapshot.snapshot import Component
 from ..converter.stream.engine import Engine
 from ..converter.stream.supply import FolderSupply
 from ..converter.telling.errors import LoadError, one_clause
+from ..converter.telling.progress import Bar, Progress, Silent
 from .backend import Backend
 from .build import build, install_all, tensor_names
 from .checkpoint import Fp8Modules, check_record, fp8_modules
@@ -57,16 +60,31 @@ def load(component: Component, root: Path, planned: Planned, target: Target) -> 
     filler = Filler(model, names, target.dtype, target.device, component.label)
     filler.check_dtypes(tensors)
     if plan is None:
-        fill_from_shards(filler, component.shards, supply)
+        with _progress(component) as progress:
+            fill_from_shards(filler, component.shards, supply, progress)
     else:
-        with Engine(target.device, workers=max(1, (os.cpu_count() or 2) - 1), readers=8) as engine:
-            fill_from_stream(filler, plan, supply, engine)
+        workers = max(1, (os.cpu_count() or 2) - 1)
+        with Engine(target.device, workers=workers, readers=8) as engine, _progress(component) as progress:
+            fill_from_stream(filler, plan, supply, engine, progress)
     filler.finish()
     _warn_of_unexpected(component, filler.unexpected)
     problem = check_record(root, component, fp8) if plan is None else None
     _refuse(component, problem or _plain_linear(model, fp8, names), target.strict)
     _adopt(model, component, root, fp8, names)
     return model
+
+
+@contextmanager
+def _progress(component: Component) -> Iterator[Progress]:
+    """A bar of its bytes on a terminal, unless diffusers was told to draw none; otherwise nothing."""
+    from diffusers.utils import logging as diffusers_logging
+
+    shown = sys.stderr.isatty() and diffusers_logging.is_progress_bar_enabled()
+    progress = Bar(sys.stderr, label=f"Loading {component.label}") if shown else Silent()
+    try:
+        yield progress
+    finally:
+        progress.close()
 
 
 def _tensors(component: Component, plan: ComponentPlan | None) -> list[TensorInfo]:

@@ -33,6 +33,8 @@ SIBLINGS = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
 # operations after them slower and live longer.
 _JOINT_TOKENS = 1024
 
+_JOINT = ("weight", "bias", *SCALES[:2])  # what lies side by side
+
 _ABANDONED = 3  # so often may results be left behind before a group gives up
 _AT_ONCE = 2  # groups that may be under way in one thread: a model may call those of its two streams in turn
 
@@ -103,9 +105,11 @@ class SharedInput:
             quantized = quantized._replace(scale=quantized.scale * member.scale)
         return _multiply(member, kind, quantized)
 
-    def settle(self) -> None:
-        """Put the members' codes, biases and scales side by side, once all of them are on one CUDA device."""
-        for leaf in ("weight", "bias", *SCALES[:2]):
+    def settle(self, *leaves: str) -> None:
+        """Put the members' tensors of these names (codes, biases and scales) side by side, once all are on one CUDA
+        device.
+        """
+        for leaf in leaves or _JOINT:
             tensors = [m._parameters.get(leaf, m._buffers.get(leaf)) for m in self.members]
             held = [t for t in tensors if t is not None and t.is_cuda and t.dim()]
             alike = len({(t.device, t.dtype) for t in held}) == 1
@@ -118,9 +122,9 @@ class SharedInput:
     def _begin(self, member: "W8A8LinearMixin", kind: Product, x: Tensor) -> Tensor:
         flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         rows = flat.shape[0]
-        quantized = quantize(kind, flat, member.scale, member.static_scale)
         waiting: dict[W8A8LinearMixin, Tensor | None] = dict.fromkeys(self.members)
         joint = self._joint(rows, x.dtype) if rows <= _JOINT_TOKENS else None
+        quantized = quantize(kind, flat, member.scale, member.static_scale, kept=joint is not None)
         if joint is not None:
             outputs = multiply(kind, quantized, *joint).split_with_sizes(self._sizes, 1)
             waiting = dict(zip(self.members, outputs, strict=True))

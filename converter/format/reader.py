@@ -7,8 +7,9 @@ A field with a default may be missing.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -39,8 +40,8 @@ def as_json(value: Any) -> Any:
 
 
 def _read_fields(kind: Any, value: Mapping[str, Any], where: str) -> Any:
-    types, found = get_type_hints(kind), {}
-    by_key = {f.name.rstrip("_"): f for f in fields(kind)}
+    types, by_key = _fields_of(kind)
+    found = {}
     if unknown := next((key for key in value if key not in by_key), None):
         raise ValueError(f"{where} has the unknown key {unknown!r:.80}")
     for key, field in by_key.items():
@@ -49,3 +50,9 @@ def _read_fields(kind: Any, value: Mapping[str, Any], where: str) -> Any:
         elif field.default is MISSING and field.default_factory is MISSING:
             raise ValueError(f"{where} lacks {key}")
     return kind(**found)
+
+
+@functools.cache
+def _fields_of(kind: Any) -> tuple[dict[str, Any], dict[str, Field[Any]]]:
+    """The types of a dataclass's fields by name, and the fields by key."""
+    return get_type_hints(kind), {f.name.rstrip("_"): f for f in fields(kind)}

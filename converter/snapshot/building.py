@@ -55,7 +55,10 @@ def build_on_meta(
     with _without_memory(buffers), default_dtype(dtype), quiet_libraries(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what a class deprecates inside itself is not for a user of ours
         if library == "diffusers":
-            built = cls.from_config(settings)
+            from diffusers.models.modeling_utils import no_init_weights
+
+            with no_init_weights():  # as its from_pretrained does: every weight is to come from a file
+                built = cls.from_config(settings)
         else:
             built = cls._from_config(cls.config_class.from_dict(settings), dtype=dtype)
     assert isinstance(built, nn.Module)

@@ -92,7 +92,7 @@ class SpanReader:
         self._reads: deque[tuple[Future[torch.Tensor], torch.Tensor]] = deque()
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="fp8-read")
         self._hashing = ThreadPoolExecutor(1, "fp8-hash")
-        self._fill()
+        self.read_on()
 
     def done(self) -> bool:
         """Whether every span has been handed out."""
@@ -113,7 +113,7 @@ class SpanReader:
 
     def recycle(self, buffer: torch.Tensor) -> None:
         self._pool.give_back(buffer)
-        self._fill()
+        self.read_on()
 
     def close(self) -> None:
         """Stop reading and wait until no thread writes into a buffer any more."""
@@ -124,7 +124,12 @@ class SpanReader:
             self._pool.give_back(buffer)
         self._reads.clear()
 
-    def _fill(self) -> None:
+    def begun(self) -> bool:
+        """Whether the reads of all spans have begun."""
+        return self._next == len(self._spans)
+
+    def read_on(self) -> None:
+        """Begin reads into the buffers that are free; called where another reader of the pool gave some back."""
         while self._next < len(self._spans) and (buffer := self._pool.take()) is not None:
             span = self._spans[self._next]
             read = self._executor.submit(self._read, span, buffer)

@@ -51,17 +51,27 @@ class Bar(Silent):
     """A tqdm bar with what is done, rate and time left."""
 
     def __init__(
-        self, out: TextIO, on_start: Callable[[], None] = _nothing, on_finishing: Callable[[], None] = _nothing
+        self,
+        out: TextIO,
+        on_start: Callable[[], None] = _nothing,
+        on_finishing: Callable[[], None] = _nothing,
+        *,
+        label: str | None = None,
     ) -> None:
         super().__init__(on_start, on_finishing)
-        self._out = out
+        self._out, self._label = out, label
         self._bar: tqdm[None] | None = None
 
     def start(self, total: int, unit: str = BYTES) -> None:
         super().start(total, unit)
         of_bytes = unit == BYTES
         self._bar = tqdm(
-            total=total, unit=unit if of_bytes else f" {unit}", unit_scale=of_bytes, file=self._out, dynamic_ncols=True
+            desc=self._label,
+            total=total,
+            unit=unit if of_bytes else f" {unit}",
+            unit_scale=of_bytes,
+            file=self._out,
+            dynamic_ncols=True,
         )
 
     def advance(self, count: int) -> None:

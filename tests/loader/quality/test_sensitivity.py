@@ -185,7 +185,7 @@ def test_two_dits_and_one_that_never_ran() -> None:
 
 def test_in_bfloat16_rounding_is_taken_off() -> None:
     found = sensitivity(saved("z_image"), dtype="bfloat16", by="block", **SMALL)
-    assert 1e-6 < found.rounding["transformer"] < 0.2 * found.plain["transformer"]
+    assert 1e-7 < found.rounding["transformer"] < 0.2 * found.plain["transformer"]  # how large depends on the processor
     assert decibels(found.plain["transformer"]) == pytest.approx(decibels(ranking().plain["transformer"]), abs=1)
 
 
