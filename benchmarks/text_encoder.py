@@ -26,7 +26,7 @@ CONFIG = {
     "vocab_size": 152064,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
 }
-LIMIT = 120  # seconds for one form of the model
+LIMIT = 180  # seconds for one form of the model
 
 
 def stored(model: Any) -> dict[str, Any]:

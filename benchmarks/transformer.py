@@ -156,6 +156,8 @@ class Bench:
 
     def measure(self, what: str, model: Any, compiled: bool = True, **row: Any) -> None:
         """Add a row for eager and one for compiled forwards."""
+        from torch._dynamo.utils import counters
+
         expected = self.expected
         assert expected is not None
         for mode in ("eager", "compiled") if compiled else ("eager",):
@@ -163,8 +165,12 @@ class Bench:
             with self.recording.failing(**named), limited(LIMIT):
                 if mode == "compiled":
                     torch._dynamo.reset()
+                    counters.clear()
                     model.compile_repeated_blocks()
                 found = {"ms": median(lambda: self.output(model), self.budget_ms)}
+                if mode == "compiled":
+                    found["graphs"] = counters["stats"]["unique_graphs"]
+                    found["graph_breaks"] = sum(counters["graph_break"].values())
                 if what == "bf16":
                     self.bf16[mode] = found["ms"]
                 elif row.get("saving_ms") and mode in self.bf16:
