@@ -73,10 +73,11 @@ def linear(rows: list[Row]) -> str:
         "torchao compiled": "torchao compiled",
         "SDNQ": "SDNQ",
     }
-    lines = [
-        [_sizes(row), *(number(row["ms"], key, 3) for key in columns.values()), f"{row['share']:.2f}"]
-        for row in _shapes(rows).values()
-    ]
+    failed = {(row.get("shape"), row.get("peer")): row for row in rows if "failed" in row}
+    lines = []
+    for shape, row in _shapes(rows).items():
+        cells = [number(failed.get((shape, key), row["ms"]), key, 3) for key in columns.values()]
+        lines.append([_sizes(row), *cells, f"{row['share']:.2f}"])
     return table(["tokens × K × N", *columns, "share of the ceiling"], lines)
 
 
