@@ -33,12 +33,8 @@ SHAPES = {  # tokens, K, N
     "Wan attn": (32760, 5120, 5120),
     "Wan MLP up": (32760, 5120, 13824),
     "Wan MLP down": (32760, 13824, 5120),
-    "Qwen modulation": (1, 3072, 18432),
-    "Qwen modulation, 16": (16, 3072, 18432),
-    "Qwen modulation, 64": (64, 3072, 18432),
-    "Qwen2.5-VL MLP, 1": (1, 3584, 18944),
-    "Qwen2.5-VL MLP, 16": (16, 3584, 18944),
-    "Qwen2.5-VL MLP, 64": (64, 3584, 18944),
+    **{f"Qwen modulation, {m}": (m, 3072, 18432) for m in (1, 16, 64)},
+    **{f"Qwen2.5-VL MLP, {m}": (m, 3584, 18944) for m in (1, 16, 64)},
 }
 FORMS = {
     "w8a8": WeightFormat("w8a8"),
@@ -101,7 +97,8 @@ def bench_linear(recording: Recording, name: str, compiled: bool, with_peers: bo
     static = fp8_linear(plain.weight, FORMS["w8a8"], activation_scheme="static")
     static.get_buffer("input_scale").copy_(x.abs().max().float() / 448)
     times["w8a8 static"] = median(lambda: static(x))
-    times["quantise"] = median(lambda: kernels.quantize_rows(x, torch.ones((), device=DEVICE)))
+    one = torch.ones((), device=DEVICE)
+    times["quantise"] = median(lambda: kernels.quantize_rows(x, one))
     for peer, convert in ({"torchao": peers.torchao, "SDNQ": peers.sdnq} if with_peers else {}).items():
         with recording.failing(part="linear", shape=name, peer=peer), limited(LIMIT):
             other = nn.Sequential(plain_linear(k, n))

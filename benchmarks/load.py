@@ -96,7 +96,7 @@ def write_random(folder: Path, model: nn.Module, config: dict[str, Any], stem: s
 
 
 def prepare(folder: Path, part: str, layers: int) -> tuple[Path, Path]:
-    """The BF16 snapshot and the converted one, for one component; beside the text encoder stands one block of the DiT."""
+    """The BF16 snapshot and the converted one of a component; a DiT of one block stands beside the text encoder."""
     source, fp8 = folder / "source", folder / "fp8"
     if not source.exists():
         started = time.monotonic()

@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 
 def rows_of(benchmark: str) -> list[Row]:
-    files = sorted(RESULTS.glob(f"{benchmark}-h100*.json"))
+    files = sorted(RESULTS.glob(f"{benchmark}-h100*.json"), key=lambda file: (len(file.name), file.name))
     return [row for file in files for row in json.loads(file.read_text())["rows"]]
 
 
