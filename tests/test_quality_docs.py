@@ -114,13 +114,6 @@ def test_what_the_readme_quotes() -> None:
     assert quoted in " ".join((ROOT / "README.md").read_text().split())
 
 
-def test_the_speed_of_static_scales() -> None:
-    told = table("Speed, ", (ROOT / "docs" / "calibrate.md").read_text())
-    measured = results("linears-h100.json")["linears"].values()
-    keys = ("bf16", "w8a8", "w8a8 static")
-    assert [row[1:] for row in told] == [[f"{linear[key]:.3f}" for key in keys] for linear in measured]
-
-
 def test_the_command_of_the_proposal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
