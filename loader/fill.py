@@ -263,6 +263,7 @@ class _ShardBeingRead:
     def __init__(self, shard: Shard, supply: Supply, pool: BufferPool) -> None:
         first, last = shard.header.data_start, shard.header.file_size
         spans = [(start, min(start + _SPAN_BYTES, last)) for start in range(first, last, _SPAN_BYTES)]
+        spans = spans or [(first, first)]  # of tensors that are all empty
         self.tensors = _Tensors(shard)
         self.spans = deque((start - first, stop - first) for start, stop in spans)
         self._fd = open_for_reading(supply.open(shard).path, shard.path)
@@ -324,7 +325,10 @@ class _Tensors:
         """Tensors with bytes in [start, stop) of the data section, and which; empty ones where they stand. Each span
         follows the one before.
         """
-        while self._left and (info := self._left[0]).start < stop:
+        while self._left:
+            info = self._left[0]
+            if info.start > stop or (info.start == stop and info.nbytes):
+                return
             yield info, max(info.start, start), min(info.end, stop)
             if info.end > stop:
                 return

@@ -56,18 +56,13 @@ class W8A8LinearMixin(Fp8Weight, nn.Linear):
         dtype = self.dtype_for(x)
         if product == "dequantize" or dtype == torch.float64 or self._multiplies_codes(x):
             return weight_only_linear(self, x)
-        out = self._shared_product(product, x) if self.shared is not None and x.dtype == dtype else None
+        out: Tensor | None = None
+        if not torch.compiler.is_compiling() and self.shared is not None and x.dtype == dtype:
+            out = self.shared.product(self, product, x)
         if out is None:
             flat = (x if x.dtype == dtype else x.to(dtype)).reshape(-1, self.in_features)
             out = scaled_product(product, flat, self.codes, self.scale, self.static_scale, self.bias_in(dtype))
         return out if x.dim() == 2 else out.view(*x.shape[:-1], self.out_features)
-
-    def _shared_product(self, product: Product, x: Tensor) -> Tensor | None:
-        """What the group has, or computes with the others in mind; None where this layer is on its own."""
-        assert self.shared is not None
-        if not torch.compiler.is_compiling():
-            return self.shared.product(self, product, x)
-        return None if product == "tensor" else self.shared.compiled_product(self, product, x)
 
     def _multiplies_codes(self, x: Tensor) -> bool:
         """Whether so few tokens are faster with a weight that is not multiplied in FP8."""

@@ -12,8 +12,11 @@ from torch import nn
 
 from ..converter.telling.notebook import Brief
 from .checkpoint import Fp8Modules
+from .few_tokens import STORAGE_TOKENS, W8A8_TOKENS, can_multiply
 from .linear import W8A8LinearMixin
+from .shared_input import groups_of
 from .steps import HighPrecisionSteps, high_precision_steps_of
+from .storage import StorageLinearMixin
 from .weights import Fp8Weight
 
 
@@ -187,7 +190,7 @@ def _component(name: str, model: nn.Module, policy: HighPrecisionSteps | None) -
         at_rest,
         at_rest - scales + codes,
         products,
-        (*_steps(policy, products), *_notes(model)),
+        (*_steps(policy, products), *_few_tokens(model, installed), *_sharing(model), *_notes(model)),
     )
 
 
@@ -197,6 +200,31 @@ def _steps(policy: HighPrecisionSteps | None, products: Counter[str]) -> Iterato
         return
     switched = sum(count for product, count in products.items() if not product.startswith("dequantize: "))
     yield f"{switched or 'no'} linears {policy}{'' if switched else ': all of them always do'}"
+
+
+def _few_tokens(model: nn.Module, installed: Mapping[str, Fp8Weight]) -> Iterator[str]:
+    """Up to how many tokens which linears multiply their codes with activations that are not quantised."""
+    for mode, cls, most in (("w8a8", W8A8LinearMixin, W8A8_TOKENS), ("storage", StorageLinearMixin, STORAGE_TOKENS)):
+        count = 0
+        for module in installed.values():
+            if isinstance(module, cls) and getattr(module, "backend", "auto") == "auto":
+                device = _running_device(model, module)
+                count += can_multiply(device.type, device.index, module.compute_dtype, module.block)
+        if count:
+            yield f"{count} {mode} linears multiply up to {most} tokens with their codes, without quantising them"
+
+
+def _sharing(model: nn.Module) -> Iterator[str]:
+    """How many linears quantise their activations together."""
+    groups = [
+        group
+        for group in groups_of(model)
+        if not group.apart
+        and group.members[0].product_on(_running_device(model, group.members[0])).product != "dequantize"
+    ]
+    if groups:
+        count = sum(len(group.members) for group in groups)
+        yield f"{count} linears share their quantised input with those beside them, in {len(groups)} groups"
 
 
 def _notes(model: nn.Module) -> tuple[str, ...]:

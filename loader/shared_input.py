@@ -6,8 +6,8 @@ was kept for them. Results have the bits of each linear called alone.
 
 Nothing is wrapped or renamed: modules, weights, state dicts, hooks and LoRAs stay what they are. What is kept is for
 the very tensor that it was computed of, as long as nobody has written into that; linears that turn out to have
-different inputs (cross attention) are left alone from then on. Compiled code shares the quantised activations only,
-which the compiler would compute for each: of weights in one memory it could not check that they still are.
+different inputs (cross attention) are left alone from then on. Compiled code shares nothing: there each quantisation is
+part of the operation before it, and what checking a group cost before each call was more than sharing saved.
 """
 
 import threading
@@ -77,8 +77,7 @@ class SharedInput:
         self.apart = False  # given up: members are on their own
         self.abandoned = 0
         self._agreed: tuple[tuple[int, int], ...] = ()
-        self._sizes = [member.out_features for member in members]
-        self._traced: tuple[Tensor, Quantized] | None = None  # of code that is being compiled
+        self._alike = len({member.out_features for member in members}) == 1
 
     def product(self, member: "W8A8LinearMixin", kind: Product, x: Tensor) -> Tensor | None:
         """`member`'s FP8 product with `x` [..., K] as [M, N]; None where it is to be computed by itself."""
@@ -93,17 +92,6 @@ class SharedInput:
         if self.apart or not self._agree():
             return None
         return self._begin(member, kind, x)
-
-    def compiled_product(self, member: "W8A8LinearMixin", kind: Product, x: Tensor) -> Tensor:
-        """As `product`, in code that is being compiled, for "rows" and "groups": the last one forgets what was kept."""
-        if self._traced is not None and self._traced[0] is x:
-            quantized = self._traced[1]
-        else:
-            quantized = quantize(kind, x.reshape(-1, x.shape[-1]), None, None)
-        self._traced = None if member is self.members[-1] else (x, quantized)
-        if member.scale.dim() == 0:
-            quantized = quantized._replace(scale=quantized.scale * member.scale)
-        return _multiply(member, kind, quantized)
 
     def settle(self, *leaves: str) -> None:
         """Put the members' tensors of these names (codes, biases and scales) side by side, once all are on one CUDA
@@ -126,13 +114,16 @@ class SharedInput:
         joint = self._joint(rows, x.dtype) if rows <= _JOINT_TOKENS else None
         quantized = quantize(kind, flat, member.scale, member.static_scale, kept=joint is not None)
         if joint is not None:
-            outputs = multiply(kind, quantized, *joint).split_with_sizes(self._sizes, 1)
-            waiting = dict(zip(self.members, outputs, strict=True))
-        out = waiting.pop(member)
+            out = multiply(kind, quantized, *joint)
+            # Each contiguous, as if computed alone: operations on slices of a row, such as `cat`, take several times as
+            # long as this copy.
+            outputs = out.view(rows, len(self.members), -1).transpose(0, 1).contiguous()
+            waiting = dict(zip(self.members, outputs.unbind(), strict=True))
+        mine = waiting.pop(member)
         if len(_here.kept) == _AT_ONCE:
             _here.kept[0].abandon()
         _here.kept.append(_Kept(self, weakref.ref(x), x._version, _stream(x), quantized, waiting))
-        return _multiply(member, kind, quantized) if out is None else out
+        return _multiply(member, kind, quantized) if mine is None else mine
 
     def _agree(self) -> bool:
         """Whether all members have the same single scales, of which the quantised activations depend."""
@@ -159,12 +150,14 @@ class SharedInput:
         do not lie side by side.
         """
         first = self.members[0]
+        if not self._alike:
+            return None
         codes = side_by_side([m._parameters["weight"] for m in self.members])
         if codes is None:
             return None
         scale: Tensor | None = first.scale
         if first.scale.dim():
-            if first.block is not None and any(size % first.block[0] for size in self._sizes):
+            if first.block is not None and first.out_features % first.block[0]:
                 return None
             scale = side_by_side([m.scale for m in self.members])
         if scale is None:
@@ -172,7 +165,7 @@ class SharedInput:
         bias = None
         if any(m._parameters["bias"] is not None for m in self.members):
             bias = side_by_side([m._parameters["bias"] for m in self.members])
-            whole, n, k = codes.shape[0], min(self._sizes), first.in_features
+            whole, n, k = codes.shape[0], first.out_features, first.in_features
             if bias is None or bias.dtype != dtype or takes_bias(rows, whole, k) != takes_bias(rows, n, k):
                 return None
         return codes.view(E4M3), scale, bias

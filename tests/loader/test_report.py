@@ -119,3 +119,25 @@ def test_a_text_encoder_that_was_never_fp8_has_no_note() -> None:
     with quiet_libraries():
         encoder = Qwen3Model.from_pretrained(pipelines.saved("z_image") / "text_encoder", dtype=torch.bfloat16)
     assert report(encoder).components[0].notes == ()
+
+
+def test_linears_that_share_their_input_are_counted() -> None:
+    pipe = load_pipeline(converted("z_image"), device="cpu", backend="scaled_mm")
+    (notes,) = [c.notes for c in report(pipe).components if c.name == "transformer"]
+    assert notes == ("20 linears share their quantised input with those beside them, in 8 groups",)
+    dequantising = load_pipeline(converted("z_image"), device="cpu")
+    assert not any(c.notes for c in report(dequantising).components)
+
+
+@pytest.mark.gpu
+def test_linears_that_multiply_their_codes_are_counted() -> None:
+    pipe = load_pipeline(converted("z_image"), device="cuda")
+    notes = {c.name: c.notes for c in report(pipe).components}
+    assert notes["transformer"][0] == (
+        "28 w8a8 linears multiply up to 16 tokens with their codes, without quantising them"
+    )
+    assert notes["text_encoder"] == (
+        "10 storage linears multiply up to 64 tokens with their codes, without quantising them",
+    )
+    forced = load_pipeline(converted("z_image"), device="cuda", backend="scaled_mm")
+    assert not any("w8a8" in note for c in report(forced).components for note in c.notes)
