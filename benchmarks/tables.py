@@ -18,6 +18,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROO
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 MODELS = {
     "qwen-4": "Qwen-Image, 4 blocks, 4096 + 256 tokens",
+    "qwen-4-small": "Qwen-Image, 4 blocks, 1024 + 64 tokens",
     "qwen-60": "Qwen-Image, 60 blocks, 4096 + 256 tokens",
     "z-image": "Z-Image, the whole DiT, 4096 + 160 tokens",
     "wan-1": "Wan2.2, 1 block, 32,760 tokens",
@@ -121,12 +122,12 @@ def transformer(rows: list[Row]) -> str:
         line = [_title(case, rule)]
         for mode in ("eager", "compiled"):
             line.append(number(found(of_case, what="bf16", mode=mode), "ms", 1))
-        for mode in ("eager", "compiled"):
+        for mode in ("eager", "cuda graphs", "compiled"):
             line.append(number(found(of_case, what="ours", rule=rule, mode=mode), "ms", 1))
         for peer, modes in PEERS.items():  # which were given the layers of one rule
             line += [number(found(of_case, what=peer, mode=m), "ms", 1) if rule == last else "" for m in modes]
         lines.append(line)
-    titles = [f"{name} {mode}" for name in ("BF16", "FP8") for mode in ("eager", "compiled")]
+    titles = ["BF16 eager", "BF16 compiled", "FP8 eager", "FP8 eager, CUDA graphs", "FP8 compiled"]
     return table(["", *titles, *(f"{peer} {mode}" for peer, modes in PEERS.items() for mode in modes)], lines)
 
 

@@ -1,10 +1,11 @@
 """Diffusion transformers of the published sizes in BF16, W8A8 and as other tools make them, on one CUDA device.
 
-    python benchmarks/transformer.py [--json FILE] [--cases qwen-4 qwen-60 z-image wan-1 wan] [--only ours] [--quick]
+    python benchmarks/transformer.py [--json FILE] [--cases NAME...] [--only ours] [--quick]
     python benchmarks/transformer.py --profile CASE
 
 The real classes with random weights, one forward (a denoising step without guidance) at the models' token counts,
-layers as the shipped manifests choose them. Milliseconds are medians; "compiled" is `compile_repeated_blocks()`. The
+layers as the shipped manifests choose them. Milliseconds are medians; "compiled" is `compile_repeated_blocks()`, "cuda
+graphs" is eager with `cuda_graphs=True`. The
 realised saving is the share of what FP8 products save over BF16 ones that arrives in the whole: (T_bf16 - T_fp8) /
 (products_bf16 - products_fp8). `busy` is how long the GPU computes in an eager forward; what is beyond it the host
 costs. `resident` is GPU memory before a forward, `peak` the most during an eager one.
@@ -25,6 +26,8 @@ from linear import gemm_times
 from recording import Recording
 from timing import DEVICE, limited, median, peak_gigabytes
 from torch import Tensor, nn
+
+from fp8_convert.loader.cuda_graphs import record_blocks
 
 Product = tuple[int, int, int]  # tokens, K, N
 LIMIT = 180  # seconds for one form of a model, compiling included
@@ -53,15 +56,20 @@ def normal(*shape: int) -> Tensor:
     return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16, generator=torch.Generator(DEVICE).manual_seed(1))
 
 
-def qwen_inputs() -> dict[str, Any]:
-    """4096 image and 256 text tokens."""
+def qwen_inputs(edge: int = 64, text: int = 256) -> dict[str, Any]:
+    """4096 image and 256 text tokens, or edge * edge and others."""
     return {
-        "hidden_states": normal(1, 4096, 64),
-        "encoder_hidden_states": normal(1, 256, 3584),
-        "encoder_hidden_states_mask": torch.ones(1, 256, dtype=torch.int64, device=DEVICE),
+        "hidden_states": normal(1, edge * edge, 64),
+        "encoder_hidden_states": normal(1, text, 3584),
+        "encoder_hidden_states_mask": torch.ones(1, text, dtype=torch.int64, device=DEVICE),
         "timestep": torch.tensor([0.5], dtype=torch.bfloat16, device=DEVICE),
-        "img_shapes": [[(1, 64, 64)]],
+        "img_shapes": [[(1, edge, edge)]],
     }
+
+
+def small_qwen_inputs() -> dict[str, Any]:
+    """512x512 pixels, 1024 tokens, and 64 of text."""
+    return qwen_inputs(32, 64)
 
 
 def z_image_inputs() -> dict[str, Any]:
@@ -90,6 +98,9 @@ QWEN_RULES = {
 WAN = {"num_attention_heads": 40, "ffn_dim": 13824}
 CASES = {
     "qwen-4": Case("QwenImageTransformer2DModel", {"num_layers": 4}, qwen_inputs, QWEN_RULES),
+    "qwen-4-small": Case(
+        "QwenImageTransformer2DModel", {"num_layers": 4}, small_qwen_inputs, {"default": ("qwen-image", False)}
+    ),
     "qwen-60": Case("QwenImageTransformer2DModel", {"num_layers": 60}, qwen_inputs, QWEN_RULES),
     "z-image": Case("ZImageTransformer2DModel", {}, z_image_inputs, {"default": ("z-image", False)}),
     "wan-1": Case("WanTransformer3DModel", {**WAN, "num_layers": 1}, wan_inputs, {"default": ("wan2.2", False)}),
@@ -155,18 +166,23 @@ class Bench:
         return found[0] if isinstance(found, list) else found
 
     def measure(self, what: str, model: Any, compiled: bool = True, **row: Any) -> None:
-        """Add a row for eager and one for compiled forwards."""
+        """Add a row for eager forwards, one for compiled ones, and one for ours with CUDA graphs, not compiled."""
         from torch._dynamo.utils import counters
 
         expected = self.expected
         assert expected is not None
-        for mode in ("eager", "compiled") if compiled else ("eager",):
+        for mode in ("eager", *(["compiled"] if compiled else []), *(["cuda graphs"] if what == "ours" else [])):
             named = {"case": self.name, "what": what, "mode": mode, **row}
             with self.recording.failing(**named), limited(LIMIT):
                 if mode == "compiled":
                     torch._dynamo.reset()
                     counters.clear()
                     model.compile_repeated_blocks()
+                if mode == "cuda graphs":
+                    uncompile(model)
+                    record_blocks(model)
+                    for _ in range(4):  # the third call replays
+                        self.output(model)
                 found = {"ms": median(lambda: self.output(model), self.budget_ms)}
                 if mode == "compiled":
                     found["graphs"] = counters["stats"]["unique_graphs"]

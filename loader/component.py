@@ -24,6 +24,7 @@ from ..converter.telling.progress import Bar, Progress, Silent
 from .backend import Backend
 from .build import build, install_all, tensor_names
 from .checkpoint import Fp8Modules, check_record, fp8_modules
+from .cuda_graphs import record_blocks
 from .diffusers_quantizer import Fp8DiffusersQuantizer
 from .fill import Filler, fill_from_shards, fill_from_stream
 from .fp8_config import Fp8Config
@@ -40,13 +41,14 @@ class Target:
     """What components are loaded for.
 
     dtype: of all that is not FP8, and of the computation. strict: refuse one that is not what its record and config
-    promise, instead of a warning.
+    promise, instead of a warning. cuda_graphs: record the repeated blocks of models with W8A8 linears.
     """
 
     device: torch.device
     dtype: torch.dtype
     backend: Backend = "auto"
     strict: bool = True
+    cuda_graphs: bool = False
 
 
 def load(component: Component, root: Path, planned: Planned, target: Target) -> nn.Module:
@@ -71,6 +73,8 @@ def load(component: Component, root: Path, planned: Planned, target: Target) -> 
     problem = check_record(root, component, fp8) if plan is None else None
     _refuse(component, problem or _plain_linear(model, fp8, names), target.strict)
     _adopt(model, component, root, fp8, names)
+    if target.cuda_graphs and any(how.mode == layout.W8A8 for how in fp8.modules.values()) and not record_blocks(model):
+        logger.warning("%s names no repeated blocks, so that cuda_graphs=True changes nothing", type(model).__name__)
     return model
 
 

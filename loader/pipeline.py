@@ -47,6 +47,7 @@ def load_pipeline(
     verify: bool = False,
     strict: bool = True,
     backend: Backend = "auto",
+    cuda_graphs: bool = False,
     high_precision_steps: tuple[int, int] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -69,6 +70,8 @@ def load_pipeline(
     snapshot there. verify: first check every digest, as `fp8-convert verify` does. strict: raise where the
     installed FP8 modules are not those that the record and config promise; else warn.
     backend: "auto", "scaled_mm" or "dequantize", for every W8A8 linear (`backend.py`).
+    cuda_graphs: record the DiT's repeated blocks and replay them (`cuda_graphs.py`), for hosts that are slower than
+    their GPU.
     high_precision_steps: (first, last): in so many first and last denoising steps of each run the W8A8 linears
     dequantise (`steps.py`).
     revision, token, cache_dir, local_files_only, variant: as in huggingface_hub and diffusers.
@@ -81,7 +84,8 @@ def load_pipeline(
     arguments that contradict each other, TypeError for one that neither this function nor the pipeline takes.
     """
     _check_backend(backend)
-    target = Target(choose_device(device, device_map), choose_dtype(dtype, torch_dtype), backend, strict)
+    target = Target(choose_device(device, device_map), choose_dtype(dtype, torch_dtype), backend, strict, cuda_graphs)
+    _check_graphs(target)
     access = HubAccess(revision, token, cache_dir, local_files_only, variant)
     request = Request(quantization, quantization_config, manifest, compact)
     snapshot, files = open_snapshot(source, access)
@@ -122,6 +126,7 @@ def load_component(
     verify: bool = False,
     strict: bool = True,
     backend: Backend = "auto",
+    cuda_graphs: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -137,7 +142,8 @@ def load_component(
     """
     _check_backend(backend)
     without_habits(unknown, (), "load_component", _options(load_component))
-    target = Target(choose_device(device, device_map), choose_dtype(dtype, torch_dtype), backend, strict)
+    target = Target(choose_device(device, device_map), choose_dtype(dtype, torch_dtype), backend, strict, cuda_graphs)
+    _check_graphs(target)
     access = HubAccess(revision, token, cache_dir, local_files_only, variant)
     request = Request(quantization, quantization_config, manifest, compact)
     snapshot, files = open_snapshot(source, access)
@@ -159,6 +165,11 @@ def load_component(
 def _check_backend(backend: str) -> None:
     if backend not in get_args(Backend):
         raise ValueError(f"backend is {backend!r}; use {', '.join(map(repr, get_args(Backend)))}.")
+
+
+def _check_graphs(target: Target) -> None:
+    if target.cuda_graphs and target.device.type != "cuda":
+        raise ValueError(f"cuda_graphs=True needs a CUDA device, and the device is {target.device}; leave it out.")
 
 
 def _check_merged(given: Mapping[str, Any], planned: Planned) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..converter.telling.notebook import Brief
 from .checkpoint import Fp8Modules
+from .cuda_graphs import recorded_blocks
 from .few_tokens import STORAGE_TOKENS, W8A8_TOKENS, can_multiply
 from .linear import W8A8LinearMixin
 from .shared_input import groups_of
@@ -190,7 +191,7 @@ def _component(name: str, model: nn.Module, policy: HighPrecisionSteps | None) -
         at_rest,
         at_rest - scales + codes,
         products,
-        (*_steps(policy, products), *_few_tokens(model, installed), *_sharing(model), *_notes(model)),
+        (*_steps(policy, products), *_few_tokens(model, installed), *_sharing(model), *_graphs(model), *_notes(model)),
     )
 
 
@@ -225,6 +226,16 @@ def _sharing(model: nn.Module) -> Iterator[str]:
     if groups:
         count = sum(len(group.members) for group in groups)
         yield f"{count} linears share their quantised input with those beside them, in {len(groups)} groups"
+
+
+def _graphs(model: nn.Module) -> Iterator[str]:
+    """How many blocks are replayed, where that was asked for."""
+    allowed, recorded, refused = recorded_blocks(model)
+    if allowed or refused:
+        yield (
+            f"{recorded} of {allowed + refused} blocks are recorded as CUDA graphs"
+            + (f", and {refused} cannot be" if refused else "")
+        )
 
 
 def _notes(model: nn.Module) -> tuple[str, ...]:
