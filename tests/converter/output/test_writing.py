@@ -25,8 +25,8 @@ def content(size: int) -> bytes:
     return (bytes(range(251)) * (size // 251 + 1))[:size]
 
 
-def write(path: Path, data: bytes, piece: int, size: int | None = None) -> str:
-    with FileWriter(path, len(data) if size is None else size, "shard") as writer:
+def write(path: Path, data: bytes, piece: int, size: int | None = None, read_back: bool = True) -> str:
+    with FileWriter(path, len(data) if size is None else size, "shard", read_back=read_back) as writer:
         for start in range(0, len(data), piece):
             writer.append(memoryview(data)[start : start + piece])
         return writer.commit()
