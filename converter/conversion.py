@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -18,6 +19,7 @@ from .snapshot.access import HubAccess
 from .snapshot.describing import outline
 from .snapshot.files import Files
 from .snapshot.locate import describe_source, open_files
+from .snapshot.paging import paging_in
 from .telling.errors import ConvertError
 from .telling.notebook import one_line
 from .telling.progress import Progress, Silent
@@ -188,7 +190,8 @@ def convert_with(
     """As `convert`, from its settings."""
     started = time.monotonic()
     files = open_files(source, access)
-    plan = _plan(files, settings, access, progress)
+    with contextlib.nullcontext() if output.exists() else paging_in(files):
+        plan = _plan(files, settings, access, progress)
     check_outside(output, source)
     digest = None if work.force else finished_already(plan, files, output, work.check, progress)
     already, resumed = digest is not None, 0
