@@ -216,6 +216,17 @@ def test_bytes_that_read_back_differently(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("read_back", [False, True])
+def test_reading_back_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, read_back: bool) -> None:
+    read = []
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *a: (read.append(real(*a)), read[-1])[1])
+    assert write(tmp_path / "x", content(size), S, read_back=read_back) == hashlib.sha256(content(size)).hexdigest()
+    assert sum(read) == (size if read_back else 0)
+    assert (tmp_path / "x").read_bytes() == content(size)
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_file_sha256(tmp_path: Path, size: int) -> None:
     (tmp_path / "x").write_bytes(content(size))
     with open(tmp_path / "x", "rb") as file:
