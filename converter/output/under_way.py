@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -62,7 +62,7 @@ class UnderWay(Generic[Item, Result]):
         self._ended = False
 
     def run(self, items: Iterable[Item]) -> None:
-        """Work on all items; each is asked for when there is room for it, in this thread. Raises the first error."""
+        """Work on all items, which are asked for in this thread as `unfinished` allows. Raises the first error."""
         with ThreadPoolExecutor(1, "fp8-finish") as finisher, ThreadPoolExecutor(self._most, "fp8-shard") as workers:
             try:
                 try:
@@ -76,16 +76,12 @@ class UnderWay(Generic[Item, Result]):
                 raise
 
     def _begin(self, items: Iterable[Item], workers: ThreadPoolExecutor, finisher: ThreadPoolExecutor) -> None:
-        working: set[Future[Result]] = set()
         asked = iter(items)
         for number in itertools.count():
-            if len(working) == self._most:
-                _, working = wait(working, return_when=FIRST_COMPLETED)
             wait(self._finishing[: max(0, number + 1 - self._unfinished)])
             if self._stop.concerns(number) or (item := next(asked, None)) is None:
                 return
             result = workers.submit(self._work_on, number, item)
-            working.add(result)
             self._finishing.append(finisher.submit(self._finish_with, number, result))
 
     def _wait(self) -> None:

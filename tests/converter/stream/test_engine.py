@@ -63,12 +63,13 @@ def test_one_that_is_larger_than_the_budget_has_it_alone() -> None:
         pass
 
 
-def test_buffers_are_used_again() -> None:
-    engine = Engine()
+def test_buffers_are_used_again_by_one_shard_at_a_time() -> None:
+    engine = Engine(shards=3)
     with engine.pool(SLOT, 4, 4) as first:
         pass
-    with engine.pool(SLOT, 4, 4) as second:
+    with engine.pool(SLOT, 4, 4) as second, engine.pool(SLOT, 4, 4) as third:
         assert second is first
+        assert third is not first
 
 
 def test_buffers_of_another_size_make_room() -> None:
