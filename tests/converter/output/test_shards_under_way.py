@@ -6,6 +6,7 @@ import json
 import os
 import re
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,7 @@ class Told(Silent):
 
     def advance(self, count: int) -> None:
         assert self._now.acquire(blocking=False), "told by two threads at once"
+        time.sleep(0.0005)  # long enough for another thread to come
         self.steps.append(count)
         self.threads |= {t.name for t in threading.enumerate() if t.name.startswith("fp8-")}
         self._now.release()
