@@ -38,10 +38,11 @@ def _page_in(files: LocalFiles, stopped: threading.Event) -> None:
             fd = open_regular(files.local(path), path)
             try:
                 size = os.fstat(fd).st_size
-                for start in range(0, min(size, left), _STEP):
+                stop = min(size, left)
+                for start in range(0, stop, _STEP):
                     if stopped.is_set():
                         return
-                    os.posix_fadvise(fd, start, min(_STEP, left - start), os.POSIX_FADV_WILLNEED)
+                    os.posix_fadvise(fd, start, min(_STEP, stop - start), os.POSIX_FADV_WILLNEED)
             finally:
                 os.close(fd)
             left -= size
