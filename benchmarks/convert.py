@@ -1,10 +1,10 @@
 """Conversion against its limit and other tools, in one run: a table, and JSON with --json.
 
-    python benchmarks/convert.py [--gigabytes 2] [--peers FOLDER] [--json FILE]
+    python benchmarks/convert.py [--gigabytes 2] [--shards 1,2,4,8] [--peers FOLDER] [--json FILE]
 
-The limit is the same pipeline with the conversion off: same reads, hashes, copies, writes, syncs and re-reads.
-Unmeasured is the conversion without the errors of weights. Each runs in a process of its own, cold (source dropped from
-the page cache) and warm, and its output is checked.
+The limit is the same pipeline with the conversion off: same reads, hashes, copies, writes and syncs.
+Unmeasured is the conversion without the errors of weights, read_back the one that reads again what it wrote. Each runs
+in a process of its own, cold (source dropped from the page cache) and warm, and its output is checked.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ from fp8_convert.converter.stream import compiled as native
 
 CASE = Path(__file__).with_name("convert_case.py")
 SCHEMES: dict[str, list[int] | None] = {"tensor": None, "block": [128, 128]}
-OURS = ("ours", "unmeasured", "limit")
+OURS = ("ours", "unmeasured", "read_back", "limit")
 PEERS = ("llm_compressor", "convert_to_quant")
+TOOLS = (*OURS, "naive", *PEERS)
 MEASURES = (
     "seconds",
     "user_cpu",
@@ -49,13 +50,14 @@ MEASURES = (
 
 @dataclass
 class Case:
-    """One row: what runs, on what; `runs` are its measurements."""
+    """One row: what runs, on what; `runs` are its measurements. shards: under way at most, None is our own choice."""
 
     tool: str
     device: str
     source: str
     scheme: str
     cache: str
+    shards: int | None = None
     runs: list[dict[str, float]] = field(default_factory=list)
 
     def median(self, measure: str) -> float:
@@ -67,19 +69,20 @@ class Case:
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
     """Every case of the run; other tools get the first source and cache only, for they are slow."""
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for source in options.sources:
         for scheme in options.schemes:
             for cache in options.caches:
-                for device in devices:
-                    for tool in OURS:
-                        yield Case(tool, device, source, scheme, cache)
+                for device in options.devices:
+                    for shards in options.shards:
+                        for tool in options.tools:
+                            if tool in OURS:
+                                yield Case(tool, device, source, scheme, cache, shards)
                 if (source, cache) != (options.sources[0], options.caches[0]):
                     continue
-                if scheme == "tensor":
+                if scheme == "tensor" and "naive" in options.tools:
                     yield Case("naive", "cpu", source, scheme, cache)
                 for tool in PEERS:
-                    if (_python(options, tool)).exists():
+                    if tool in options.tools and (_python(options, tool)).exists():
                         yield Case(tool, "cpu", source, scheme, cache)
 
 
@@ -95,8 +98,9 @@ def run(case: Case, source: Path, options: argparse.Namespace, outputs: dict[tup
         "block": SCHEMES[case.scheme],
         "device": case.device,
     }
-    if options.workers and case.tool in OURS:
-        arguments["workers"] = options.workers
+    if case.tool in OURS:
+        chosen = {"workers": options.workers, "shards": case.shards}
+        arguments |= {name: value for name, value in chosen.items() if value is not None}
     child = subprocess.run(
         [str(_python(options, case.tool)), "-W", "ignore", str(CASE), json.dumps(arguments)],
         capture_output=True,
@@ -109,11 +113,11 @@ def run(case: Case, source: Path, options: argparse.Namespace, outputs: dict[tup
     result["output_cached"] = cached_bytes(output)
     key = case.source, case.scheme
     sizes = {p.name: p.stat().st_size for p in output.glob("*.safetensors")}
-    if case.tool in ("ours", "unmeasured"):
+    if case.tool in ("ours", "unmeasured", "read_back"):
         digests = {p.name: _sha256(p) for p in output.glob("*.safetensors")}
         if outputs.setdefault(key, (digests, sizes)) != (digests, sizes):
             raise SystemExit(f"{case} wrote other bytes than the run before")
-    elif case.tool == "limit" and sizes != outputs[key][1]:
+    elif case.tool == "limit" and key in outputs and sizes != outputs[key][1]:
         raise SystemExit(f"{case} wrote other sizes than the conversion")
     if case.tool != "limit":
         check_codes(source, output, case.scheme)
@@ -172,12 +176,16 @@ def check_codes(source: Path, output: Path, scheme: str) -> None:
 
 def table(done: Sequence[Case], sizes: dict[str, int]) -> str:
     """The medians, as Markdown."""
-    head = ["source", "scheme", "cache", "tool", "s", "limit / s", "GB/s", "user CPU s", "system CPU s"]
+    head = ["source", "scheme", "cache", "tool", "shards", "s", "limit / s", "GB/s", "user CPU s", "system CPU s"]
     head += ["peak RSS MiB", "over imports", "source cached MB", "output cached MB"]
     rows = [head, ["---"] * 4 + ["---:"] * (len(head) - 4)]
-    limits = {(c.device, c.source, c.scheme, c.cache): c.median("seconds") for c in done if c.tool == "limit"}
+
+    def setting(c: Case) -> tuple[object, ...]:
+        return c.device, c.source, c.scheme, c.cache, c.shards
+
+    limits = {setting(c): c.median("seconds") for c in done if c.tool == "limit"}
     for c in done:
-        limit = limits.get((c.device, c.source, c.scheme, c.cache))
+        limit = limits.get(setting(c))
         seconds = c.median("seconds")
         rows.append(
             [
@@ -185,6 +193,7 @@ def table(done: Sequence[Case], sizes: dict[str, int]) -> str:
                 c.scheme,
                 c.cache,
                 f"{c.tool} {c.device}",
+                f"{c.shards or ''}",
                 f"{seconds:.2f}",
                 f"{limit / seconds:.2f}" if limit else "",
                 f"{sizes[c.source] / 1e9 / seconds:.2f}",
@@ -218,13 +227,21 @@ def _names(allowed: Sequence[str]) -> Any:
     return names
 
 
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
 def main() -> None:
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "fp8-convert-bench")
     parser.add_argument("--gigabytes", type=float, default=2.0, help="of a Qwen-Image source")
     parser.add_argument("--sources", type=_names(list(KINDS)), default=["bf16", "fp16", "fp32", "wan-fp32"])
     parser.add_argument("--schemes", type=_names(list(SCHEMES)), default=list(SCHEMES))
     parser.add_argument("--caches", type=_names(["cold", "warm"]), default=["warm", "cold"])
+    parser.add_argument("--tools", type=_names(TOOLS), default=list(TOOLS))
+    parser.add_argument("--devices", type=_names(["cpu", "cuda"]), default=devices, help="for ours")
+    parser.add_argument("--shards", type=_numbers, default=[None], help="under way, such as 1,2,4,8; ours by default")
     parser.add_argument("--peers", type=Path, default=Path("peers"), help="folder of the other tools' environments")
     parser.add_argument("--repeats", type=int, default=3, help="of ours and the limit; the slow ones run once")
     parser.add_argument("--workers", type=int)
@@ -232,7 +249,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="write a PNG there (needs matplotlib)")
     options = parser.parse_args()
     for peer in PEERS:
-        if not _python(options, peer).exists():
+        if peer in options.tools and not _python(options, peer).exists():
             print(f"{peer} is skipped: {_python(options, peer)} does not exist (see benchmarks/README.md)")
     sources = {kind: make_source(kind, options.folder, options.gigabytes) for kind in options.sources}
     sizes = {kind: sum(p.stat().st_size for p in path.glob("*.safetensors")) for kind, path in sources.items()}
@@ -243,8 +260,9 @@ def main() -> None:
         for case in done:
             if repeat == 0 or case.tool in OURS:
                 run(case, sources[case.source], options, outputs)
-                print(f"{repeat + 1}/{options.repeats} {case.source} {case.scheme} {case.cache} {case.tool} "
-                      f"{case.device}: {case.runs[-1]['seconds']:.2f} s", file=sys.stderr)  # fmt: skip
+                which = f"{case.tool} {case.device}" + (f", {case.shards} shards" if case.shards else "")
+                print(f"{repeat + 1}/{options.repeats} {case.source} {case.scheme} {case.cache} {which}: "
+                      f"{case.runs[-1]['seconds']:.2f} s", file=sys.stderr)  # fmt: skip
                 result["cases"] = [c.to_json() for c in done if c.runs]
                 if options.json:  # after every case: a run that is cut short keeps what it measured
                     options.json.write_text(json.dumps(result, indent=1) + "\n")

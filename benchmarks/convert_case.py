@@ -36,7 +36,7 @@ def ours(source: Path, output: Path, *, block: list[int] | None, device: str, **
 
 
 def limit(source: Path, output: Path, **options: Any) -> Run:
-    """The same pipeline with the conversion off: same reads, hashes, copies, writes and re-reads; no arithmetic."""
+    """The same pipeline with the conversion off: same reads, hashes, copies and writes; no arithmetic."""
     import numpy as np
 
     from fp8_convert.converter.stream import measuring
@@ -59,9 +59,14 @@ def unmeasured(source: Path, output: Path, **options: Any) -> Run:
     """The same conversion without the errors of weights."""
     from fp8_convert.converter.output import run
 
-    measured = run.convert_component
-    run.convert_component = lambda *arguments, with_errors, **how: measured(*arguments, **how)
+    measured = run.begin_shards
+    run.begin_shards = lambda *arguments, with_errors, **how: measured(*arguments, **how)
     return ours(source, output, **options)
+
+
+def read_back(source: Path, output: Path, **options: Any) -> Run:
+    """The same conversion, and everything that was written read from the disk again."""
+    return ours(source, output, read_back=True, **options)
 
 
 def naive(source: Path, output: Path, **_: Any) -> Run:
@@ -113,7 +118,7 @@ def convert_to_quant(source: Path, output: Path, *, block: list[int] | None, dev
     return run
 
 
-CASES = {f.__name__: f for f in (ours, unmeasured, limit, naive, llm_compressor, convert_to_quant)}
+CASES = {f.__name__: f for f in (ours, unmeasured, read_back, limit, naive, llm_compressor, convert_to_quant)}
 
 
 def measure(run: Run) -> dict[str, float]:

@@ -5,7 +5,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-LABELS = {"ours": "fp8-convert", "limit": "the same, conversion off", "naive": "naive script"}
+LABELS = {
+    "ours": "fp8-convert",
+    "unmeasured": "the same, no errors of weights",
+    "read_back": "the same, read back",
+    "limit": "the same, conversion off",
+    "naive": "naive script",
+}
 
 
 def plot_conversion(result: dict[str, Any], path: Path) -> None:
@@ -17,22 +23,26 @@ def plot_conversion(result: dict[str, Any], path: Path) -> None:
 
     first = result["cases"][0]["source"]
     chosen = [c for c in result["cases"] if c["source"] == first and c["scheme"] == "tensor"]
-    tools = list(dict.fromkeys((c["tool"], c["device"]) for c in chosen))
+    tools = list(dict.fromkeys(map(_tool, chosen)))
     figure, axes = pyplot.subplots(figsize=(8, 0.6 * len(tools) + 1.2))
     for offset, cache in ((0.2, "cold"), (-0.2, "warm")):
-        seconds = {(c["tool"], c["device"]): c["median"]["seconds"] for c in chosen if c["cache"] == cache}
+        seconds = {_tool(c): c["median"]["seconds"] for c in chosen if c["cache"] == cache}
         if not seconds:
             continue
         places = [len(tools) - tools.index(tool) + offset for tool in seconds]
         bars = axes.barh(places, list(seconds.values()), 0.38, label=f"{cache} page cache")
         axes.bar_label(bars, fmt="%.1f s", padding=3)
-    labels = [f"{LABELS.get(tool, tool)} ({device})" for tool, device in tools]
-    axes.set_yticks([len(tools) - i for i in range(len(tools))], labels)
+    axes.set_yticks([len(tools) - i for i in range(len(tools))], tools)
     axes.set_xlabel(f"seconds for {result['source_bytes'][first] / 1e9:.1f} GB {first.upper()}, fsync included")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
+
+
+def _tool(case: dict[str, Any]) -> str:
+    shards = f", {case['shards']} shards" if case.get("shards") else ""
+    return f"{LABELS.get(case['tool'], case['tool'])} ({case['device']}{shards})"
 
 
 if __name__ == "__main__":

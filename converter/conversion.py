@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -18,6 +19,7 @@ from .snapshot.access import HubAccess
 from .snapshot.describing import outline
 from .snapshot.files import Files
 from .snapshot.locate import describe_source, open_files
+from .snapshot.paging import paging_in
 from .telling.errors import ConvertError
 from .telling.notebook import one_line
 from .telling.progress import Progress, Silent
@@ -129,6 +131,8 @@ def convert(
     merge_lora: Sequence[Any] = (),
     device: str = "auto",
     workers: int | None = None,
+    shards: int | None = None,
+    read_back: bool = False,
     stream: bool = False,
     force: bool = False,
     check: bool = False,
@@ -153,7 +157,10 @@ def convert(
     target: who is to read the output: "native" (this project's loader), "vllm-omni", "sglang", or "comfyui" (one file a
     component, for ComfyUI's folders).
     merge_lora: LoRAs to add to the weights first: each "[COMPONENT=]FILE.safetensors[:SCALE]", or file and scale.
-    device: "cpu", "cuda" or "auto"; the bytes are the same. workers: CPU threads for the arithmetic.
+    device: "cpu", "cuda" or "auto"; the bytes are the same.
+    workers: CPU threads for the arithmetic, for all shards. shards: how many are converted at the same time. None is
+    what fits the machine's cores and memory.
+    read_back: read what was written from the disk again, and compare it.
     stream: for a Hub id, download shard by shard beside the conversion and keep none; needs room for two.
     force: replace a finished FP8 snapshot. check: read a finished one again and compare its digests.
     revision, token, cache_dir, local_files_only: as in huggingface_hub.
@@ -166,7 +173,9 @@ def convert(
     """
     settings = Settings.among(locals())
     access = HubAccess(revision, token, cache_dir, local_files_only, variant, quiet=quiet)
-    work = Work(device=device, workers=workers, stream=stream, force=force, check=check)
+    work = Work(
+        device=device, workers=workers, shards=shards, read_back=read_back, stream=stream, force=force, check=check
+    )
     return convert_with(settings, source, Path(output), access, work, progress or Silent())
 
 
@@ -181,7 +190,8 @@ def convert_with(
     """As `convert`, from its settings."""
     started = time.monotonic()
     files = open_files(source, access)
-    plan = _plan(files, settings, access, progress)
+    with contextlib.nullcontext() if output.exists() else paging_in(files):
+        plan = _plan(files, settings, access, progress)
     check_outside(output, source)
     digest = None if work.force else finished_already(plan, files, output, work.check, progress)
     already, resumed = digest is not None, 0

@@ -111,11 +111,13 @@ def whole(shards: Sequence[ShardPlan]) -> ComponentPlan:
     return ComponentPlan(COMPONENT, None, tuple(shards), None, None)
 
 
-def convert_in(memory: Memory, source: Path, output: Path, manifest: Path, workers: int = 2) -> None:
+def convert_in(
+    memory: Memory, source: Path, output: Path, manifest: Path, workers: int = 2, shards: int | None = None
+) -> None:
     """Convert as `convert` does, in other memory than it takes."""
     files = LocalFiles(source)
     plan = make_plan(describe(files), Recipe(load_manifest(str(manifest))), memory)
-    run(plan, files, output, Work(device="cpu", workers=workers), Silent())
+    run(plan, files, output, Work(device="cpu", workers=workers, shards=shards), Silent())
 
 
 def fp8(block: reference.Block = None, group: str | None = None) -> Decision:

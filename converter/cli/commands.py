@@ -120,7 +120,9 @@ for _command in (compare_command, sensitivity_command, calibrate_command):
     show_default=True,
     help="Where the arithmetic runs; the bytes are the same.",
 )
-@click.option("--workers", type=click.IntRange(1), help="CPU threads for the arithmetic.")
+@click.option("--workers", type=click.IntRange(1), help="CPU threads for the arithmetic, for all shards.")
+@click.option("--shards", type=click.IntRange(1), help="How many shards are converted at the same time.")
+@click.option("--read-back", is_flag=True, help="Read what was written from the disk again, and compare it.")
 @click.option(
     "--target",
     type=click.Choice([*TARGETS]),
@@ -158,7 +160,7 @@ def convert_command(
         from .. import convert, plan_conversion
 
         if dry_run:
-            for unused in ("device", "workers", "stream", "force", "check"):
+            for unused in ("device", "workers", "shards", "read_back", "stream", "force", "check"):
                 del settings[unused]
             hub = ("revision", "token", "cache_dir", "local_files_only", "variant")
             options = HubAccess(**{name: settings.pop(name) for name in hub}, quiet=quiet)

@@ -1,8 +1,8 @@
 """One conversion from its plan to the finished snapshot: shards, small files, record, and the last rename.
 
-Shards are written one after the other; the end of each (sync, read back, rename, journal) runs beside the next one's
-conversion. A source that changes meanwhile stops the run: weights that share a scale may lie in several shards, and
-what was measured in one must still be what is converted.
+Several shards are under way at the same time, as many as `capacity` says; the end of each (sync, rename) runs beside
+the conversion of others, and they are journalled in the plan's order. A source that changes meanwhile stops the run:
+weights that share a scale may lie in several shards, and what was measured in one must still be what is converted.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,20 +26,20 @@ from ..snapshot.files import Files, LocalFiles, SourceFile, content_sha256
 from ..snapshot.hub import HubFiles
 from ..snapshot.locate import fetch
 from ..stream import compiled
-from ..stream.component_stream import ShardStream, convert_component
+from ..stream.component_stream import ShardStream, begin_shards
 from ..stream.engine import Engine
 from ..stream.supply import FolderSupply, StreamedSupply, Supply
 from ..telling.errors import ConvertError, ResumableError
-from ..telling.progress import Progress
+from ..telling.progress import Progress, TakingTurns
+from .capacity import capacity
 from .journal import Done, Journal, Source
 from .placed import PlacedWriter
 from .record import make_record
 from .space import SPARE_BYTES, check_space
 from .target import Target, open_target
+from .under_way import UnderWay
 from .work import Work
 from .writing import FileWriter, sha256_at, write_pieces, write_small
-
-_MOST_WORKERS = 8  # by then reading and hashing are the limit
 
 
 def run(
@@ -57,22 +56,24 @@ def run(
     spare_bytes: room that must be left on the disk. Returns the snapshot's digest, and how many shards an earlier run
     had finished.
     """
-    engine = Engine(_device(work.device), workers=work.workers or min(_MOST_WORKERS, os.cpu_count() or 2))
+    device = _device(work.device)
     for note in plan.notes:
         progress.say(f"note: {note}")
-    if engine.device.type == "cpu" and not compiled.available():
+    if device.type == "cpu" and not compiled.available():
         progress.say("note: fp8-convert's compiled code is missing; reinstall with a C compiler to convert faster")
     with open_target(output, plan.paths, force=work.force) as target:
         streamed = work.stream and isinstance(files, HubFiles)
         if not streamed:
             target.drop_sources()
         check_space(plan, files, target, streamed=streamed, spare_bytes=spare_bytes)
-        with engine, _supply(plan, files, target, streamed=streamed) as supply:
+        with _supply(plan, files, target, streamed=streamed) as supply:
             kept = _take_up(plan, target, supply, progress)
             wanted = [s for s in plan.shards if s.source.path not in kept]
-            _convert_shards(plan, wanted, target, supply, engine, progress)
+            at_once = capacity(work, ahead=supply.ahead)
+            with Engine(device, workers=at_once.workers, shards=min(at_once.shards, max(1, len(wanted)))) as engine:
+                _convert_shards(plan, wanted, target, supply, engine, TakingTurns(progress), work.read_back)
         _check_sources(plan, supply)
-        digest = _finish(plan, target, supply.files, progress)
+        digest = _finish(plan, target, supply.files, work.read_back, progress)
     return digest, len(kept)
 
 
@@ -192,33 +193,41 @@ def _check_sources(plan: Plan, supply: Supply) -> None:
 
 
 def _convert_shards(
-    plan: Plan, wanted: Sequence[ShardPlan], target: Target, supply: Supply, engine: Engine, progress: Progress
+    plan: Plan,
+    wanted: Sequence[ShardPlan],
+    target: Target,
+    supply: Supply,
+    engine: Engine,
+    progress: Progress,
+    read_back: bool,
 ) -> None:
     """Convert the wanted shards; the others were finished by an earlier run."""
     progress.start(plan.bytes_to_read + plan.bytes_read_twice)
     progress.advance(sum(s.source.size for s in plan.shards) - sum(s.source.size for s in wanted))
     supply.want([s.source for s in wanted])
-    with ThreadPoolExecutor(1, "fp8-commit") as commits:
-        commit: Future[None] | None = None
-        for component in plan.components:
-            mine = [s for s in wanted if s.component == component.source.name]
-            streams = convert_component(
-                component, supply, engine, shards=mine, hashed=True, with_errors=True, on_measured=progress.advance
-            )
-            with contextlib.closing(streams):
-                if component.single is not None and mine:
-                    _write_single(component.single, streams, target, supply, progress)
-                    continue
-                for stream in streams:
-                    written = _write_shard(stream, target, supply, commits, progress)
-                    # The end of one shard is synced and read back while the next is converted.
-                    before, commit = commit, commits.submit(_journal, written, target, supply)
-                    if before is not None:
-                        before.result()
-                    if not supply.ahead:
-                        commit.result()
-        if commit is not None:
-            commit.result()
+
+    def streams(component: ComponentPlan) -> Iterator[ShardStream]:
+        mine = [s for s in wanted if s.component == component.source.name]
+        return begin_shards(
+            component, supply, engine, shards=mine, hashed=True, with_errors=True, on_measured=progress.advance
+        )
+
+    with ThreadPoolExecutor(engine.shards, "fp8-commit") as commits:
+
+        def write(stream: ShardStream, check: Callable[[], None]) -> _Written:
+            with contextlib.closing(stream.chunks):
+                return _write_shard(stream, target, supply, commits, progress, read_back, check)
+
+        shards = UnderWay(
+            engine.shards,
+            write,
+            lambda written: _journal(written, target, supply),
+            unfinished=2 * engine.shards if supply.ahead else 1,
+        )
+        shards.run(stream for c in plan.components if c.single is None for stream in streams(c))
+    for component in plan.components:
+        if component.single is not None and any(s.component == component.source.name for s in wanted):
+            _write_single(component.single, streams(component), target, supply, progress)
     progress.close()
 
 
@@ -234,17 +243,26 @@ class _Written:
 
 
 def _write_shard(
-    stream: ShardStream, target: Target, supply: Supply, commits: Executor, progress: Progress
+    stream: ShardStream,
+    target: Target,
+    supply: Supply,
+    commits: Executor,
+    progress: Progress,
+    read_back: bool,
+    check: Callable[[], None],
 ) -> _Written:
+    """check: raises where the run is to stop."""
     shard, chunks = stream.plan, stream.chunks
     files: list[tuple[OutputFile, Future[str]]] = []
     written = reported = 0
     for file in shard.files:
         with contextlib.ExitStack() as on_error:
-            writer = on_error.enter_context(FileWriter(target.staged(file.path), file.size, file.path))
+            writer = FileWriter(target.staged(file.path), file.size, file.path, read_back=read_back)
+            on_error.enter_context(writer)
             writer.append(memoryview(file.header))
             left = file.stop - file.start
             while left:
+                check()
                 chunk = next(chunks)
                 writer.append(chunk.data.cpu().numpy().data)
                 left -= chunk.data.numel()
@@ -283,12 +301,14 @@ def _write_single(
         for stream in streams:
             shard, outputs = stream.plan.source, stream.plan.schedule.outputs
             written = reported = 0
-            for chunk in stream.chunks:
-                writer.write(chunk.data.cpu().numpy().data, len(file.header) + single.places[chunk.name] + chunk.offset)
-                written += chunk.data.numel()
-                share = shard.size * written // max(1, outputs[-1].end)
-                progress.advance(share - reported)
-                reported = share
+            with contextlib.closing(stream.chunks) as chunks:
+                for chunk in chunks:
+                    place = len(file.header) + single.places[chunk.name] + chunk.offset
+                    writer.write(chunk.data.cpu().numpy().data, place)
+                    written += chunk.data.numel()
+                    share = shard.size * written // max(1, outputs[-1].end)
+                    progress.advance(share - reported)
+                    reported = share
             progress.advance(shard.size - reported)
             _check_read(stream, target, supply)
             sources.append(Source(shard.path, shard.size, stream.sha256, stream.source.stat))
@@ -333,14 +353,15 @@ def _journal(written: _Written, target: Target, supply: Supply) -> None:
 # The end
 
 
-def _finish(plan: Plan, target: Target, files: Files, progress: Progress) -> str:
+def _finish(plan: Plan, target: Target, files: Files, read_back: bool, progress: Progress) -> str:
     """Write the small files and the record, and let the snapshot appear; returns its digest."""
     for path, data in plan.files.items():
-        target.add(Done(path, len(data), write_small(target.staged(path), data, path)))
+        target.add(Done(path, len(data), write_small(target.staged(path), data, path, read_back=read_back)))
     for path, size in plan.sidecars.items():
-        target.add(Done(path, size, write_pieces(target.staged(path), size, files.pieces(path), path)))
+        sha256 = write_pieces(target.staged(path), size, files.pieces(path), path, read_back=read_back)
+        target.add(Done(path, size, sha256))
     record = make_record(plan, {path: target.done[path] for path in plan.paths})
-    write_small(target.staged(RECORD_FILE), encode_json(record.to_json()), RECORD_FILE)
+    write_small(target.staged(RECORD_FILE), encode_json(record.to_json()), RECORD_FILE, read_back=read_back)
     target.publish([*plan.paths, RECORD_FILE], progress.finishing)
     return record.record_sha256
 

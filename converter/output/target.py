@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
@@ -33,6 +34,7 @@ class Target:
     def __init__(self, folder: Path, lock: FileLock, *, created: bool, force: bool) -> None:
         self.folder = folder
         self._lock = lock
+        self._turn = threading.Lock()  # of threads that journal
         self._created, self._force = created, force
         self._taken_up = False
         self._staging = folder / STAGING
@@ -108,12 +110,14 @@ class Target:
 
     def add(self, done: Done) -> None:
         """Journal a finished file."""
-        self.done[done.path] = done
-        add_done(self.folder, done)
+        with self._turn:
+            self.done[done.path] = done
+            add_done(self.folder, done)
 
     def doubt(self, source: str) -> None:
         """Journal that a source shard is not what it was taken for: what was measured in it counts no more."""
-        add_changed(self.folder, source)
+        with self._turn:
+            add_changed(self.folder, source)
 
     def drop_sources(self) -> None:
         """Delete what an earlier, streamed run left of its source."""

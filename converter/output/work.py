@@ -15,6 +15,8 @@ class Work:
 
     device: str = "auto"
     workers: int | None = None
+    shards: int | None = None
+    read_back: bool = False
     stream: bool = False
     force: bool = False
     check: bool = False
@@ -22,5 +24,6 @@ class Work:
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
             raise SettingsError(f"The device {self.device!r:.80} is unknown; use auto, cpu or cuda.")
-        if self.workers is not None and (type(self.workers) is not int or self.workers < 1):
-            raise SettingsError(f"workers is {self.workers!r:.80}; use a positive number, or none.")
+        for name, value in (("workers", self.workers), ("shards", self.shards)):
+            if value is not None and (type(value) is not int or value < 1):
+                raise SettingsError(f"{name} is {value!r:.80}; use a positive number, or none.")

@@ -1,8 +1,8 @@
-"""Writing one output file so that it can be trusted: preallocated, hashed, synced, read back, then renamed.
+"""Writing one output file so that it can be trusted: preallocated, hashed, synced, read back if wanted, then renamed.
 
 Bytes are appended. Background threads write and hash them in pieces of STAGING_BYTES, past the page cache where the
 file system allows it (O_DIRECT), so that a conversion neither waits for write-back nor evicts what others cached.
-Another one syncs and reads back every CHECK_BYTES behind them, so that little is left to check at the end.
+Another one syncs, and reads back, every CHECK_BYTES behind them, so that little is left to do at the end.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
+
 from ..format.descriptor import SECTOR, allocate, drop_cached, open_descriptor, read_at, set_direct, write_at
 from ..format.untrusted import open_regular
 from ..telling.errors import ResumableError
@@ -29,32 +31,36 @@ _READ_BYTES = 4 * 1024 * 1024
 class FileWriter:
     """Appends to a temporary file beside PATH; `commit` makes it PATH. A context manager: without one nothing stays.
 
-    Raises ResumableError where the disk is full or fails.
+    read_back: whether to read everything from the disk again and compare. Raises ResumableError where the disk is full
+    or fails.
     """
 
-    def __init__(self, path: Path, size: int, label: str) -> None:
+    def __init__(self, path: Path, size: int, label: str, *, read_back: bool = False) -> None:
         self.path, self.size, self.label = path, size, label
         self._temporary = path.with_name(temporary_name(path.name))
         self._hash = hashlib.sha256()
         self._position = 0  # of the next piece in the file
         self._fill = 0
-        self._staging = [mmap.mmap(-1, STAGING_BYTES), mmap.mmap(-1, STAGING_BYTES)]
+        self._staging = [_aligned(STAGING_BYTES), _aligned(STAGING_BYTES)]
         self._under_way: Future[None] | None = None
         self._executor = ThreadPoolExecutor(1, "fp8-write")
         self._hasher = ThreadPoolExecutor(1, "fp8-hash")
         self._checker = ThreadPoolExecutor(1, "fp8-check")
         self._checks: list[Future[None]] = []
+        self._checked = 0
         self._fd = self._check_fd = -1
+        self._read_back: _ReadBack | None = None
         with self._translated():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = open_descriptor(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         try:
             with self._translated():
-                self._check_fd = open_descriptor(self._temporary, os.O_RDONLY)  # with its own O_DIRECT flag
                 if self.size:
                     allocate(self._fd, self.size)
                     set_direct(self._fd, True)
-            self._read_back = _ReadBack(self._check_fd)
+                if read_back:
+                    self._check_fd = open_descriptor(self._temporary, os.O_RDONLY)  # with its own O_DIRECT flag
+                    self._read_back = _ReadBack(self._check_fd)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -69,23 +75,24 @@ class FileWriter:
             executor.shutdown(wait=True, cancel_futures=True)
         self._close()
         self._temporary.unlink(missing_ok=True)
-        for staging in self._staging:
-            with contextlib.suppress(BufferError):  # an exception's traceback may still hold a view
-                staging.close()
+        self._staging.clear()
 
     def append(self, data: memoryview) -> None:
         """Append bytes; they are copied before this returns."""
-        done = 0
+        if not data:
+            return
+        done, source = 0, np.frombuffer(data, np.uint8)
         while done < len(data):
             take = min(STAGING_BYTES - self._fill, len(data) - done)
-            self._staging[0][self._fill : self._fill + take] = data[done : done + take]
+            # By numpy, which lets other threads run meanwhile.
+            np.copyto(self._staging[0][self._fill : self._fill + take], source[done : done + take])
             self._fill += take
             done += take
             if self._fill == STAGING_BYTES:
                 self._flush()
 
     def commit(self) -> str:
-        """Sync the file, read it back, give it its name and sync the folder; returns its sha256."""
+        """Sync the file, read it back if wanted, give it its name and sync the folder; returns its sha256."""
         self._flush()
         self._wait()
         digest = self._hash.hexdigest()
@@ -95,7 +102,7 @@ class FileWriter:
             for check in self._checks:
                 check.result()
             self._check(self.size)
-            if self._read_back.digest.hexdigest() != digest:
+            if self._read_back is not None and self._read_back.digest.hexdigest() != digest:
                 raise ResumableError(f"{self.label} reads back other bytes than were written; check the disk.")
             self._close()  # Windows renames no open file
             os.replace(self._temporary, self.path)
@@ -125,13 +132,13 @@ class FileWriter:
             with self._translated():
                 under_way.result()
 
-    def _write(self, staging: mmap.mmap, length: int, position: int) -> None:
-        with memoryview(staging) as view, view[:length] as data:
-            hashed = self._hasher.submit(self._hash.update, data)  # while the disk writes
-            try:
-                self._write_out(data, position)
-            finally:
-                hashed.result()
+    def _write(self, staging: np.ndarray, length: int, position: int) -> None:
+        data = staging.data[:length]
+        hashed = self._hasher.submit(self._hash.update, data)  # while the disk writes
+        try:
+            self._write_out(data, position)
+        finally:
+            hashed.result()
 
     def _write_out(self, data: memoryview, position: int) -> None:
         if len(data) % SECTOR:
@@ -145,12 +152,21 @@ class FileWriter:
                     raise
 
     def _check(self, stop: int) -> None:
-        """Make the file safe on the disk and read it back up to `stop`."""
+        """Make the file safe on the disk up to `stop`, and read it back so far."""
         os.fsync(self._fd)
-        self._read_back.read_to(stop)
+        if self._read_back is not None:
+            self._read_back.read_to(stop)
+        else:
+            drop_cached(self._fd, self._checked, stop)
+        self._checked = stop
 
     def _translated(self) -> contextlib.AbstractContextManager[None]:
         return disk_errors(self.label)
+
+
+def _aligned(size: int) -> np.ndarray:
+    """Memory as direct writes need it: uint8 [size], at a page's begin."""
+    return np.frombuffer(mmap.mmap(-1, size), np.uint8)
 
 
 @contextlib.contextmanager
@@ -215,12 +231,14 @@ def file_sha256(fd: int) -> str:
     return whole.digest.hexdigest()
 
 
-def write_pieces(path: Path, size: int, pieces: Iterable[bytes | memoryview], label: str) -> str:
+def write_pieces(
+    path: Path, size: int, pieces: Iterable[bytes | memoryview], label: str, *, read_back: bool = False
+) -> str:
     """Write a file of `size` bytes that come in pieces, in bounded memory; returns its sha256.
 
     Raises ResumableError where the pieces are more or fewer bytes, and where the disk fails.
     """
-    with FileWriter(path, size, label) as writer:
+    with FileWriter(path, size, label, read_back=read_back) as writer:
         left = size
         for piece in pieces:
             left -= len(piece)
@@ -232,9 +250,9 @@ def write_pieces(path: Path, size: int, pieces: Iterable[bytes | memoryview], la
         return writer.commit()
 
 
-def write_small(path: Path, data: bytes, label: str) -> str:
+def write_small(path: Path, data: bytes, label: str, *, read_back: bool = False) -> str:
     """Write a small file with the same care as a shard; returns its sha256."""
-    return write_pieces(path, len(data), [data], label)
+    return write_pieces(path, len(data), [data], label, read_back=read_back)
 
 
 def sync_folder(folder: Path) -> None:

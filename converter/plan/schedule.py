@@ -16,8 +16,9 @@ they are written front to back too, and every scale follows its weight. Two thin
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..format.header import DTYPE_BITS, TensorInfo
 from ..format.layout import INPUT_SCALE
@@ -58,12 +59,16 @@ class Slot(Brief):
 
 @dataclass(frozen=True, repr=False)
 class Schedule(Brief):
-    """The reading and writing order of one shard. `outputs` have their offsets in the output's data section."""
+    """The reading and writing order of one shard. `outputs` have their offsets in the output's data section.
+
+    pool_slots: how many slots may be held at once. least_slots: how many reading cannot do without.
+    """
 
     outputs: tuple[TensorInfo, ...]
     slots: tuple[Slot, ...]
     slot_bytes: int
     pool_slots: int
+    least_slots: int
     measured: tuple[str, ...]
     early: tuple[int, ...]
     late: tuple[int, ...]
@@ -81,14 +86,17 @@ def make_schedule(
     late.sort(key=lambda i: -DTYPE_BITS[tensors[i].out_dtype])
     slots = cut([(i, t.info.start, t.info.nbytes, split_unit(t)) for i, t in enumerate(tensors)], slot_bytes)
     measured = {g for t in tensors if (g := scale_domain(t)) in spread_groups and g is not None}
-    while (too_large := _overflow(tensors, slots, measured, max(1, pool_slots - _FREE_SLOTS))) is not None:
-        measured.add(too_large)
+    held = [*_held(tensors, slots, measured)]
+    while (too_large := next((h for h in held if h.slots > max(1, pool_slots - _FREE_SLOTS)), None)) is not None:
+        measured.add(too_large.largest)
+        held = [*_held(tensors, slots, measured)]
     order = _order(tensors, measured, early, late)
     return Schedule(
         tuple(_lay_out([tensors[i] for i in order])),
         tuple(slots),
         slot_bytes,
         pool_slots,
+        min(pool_slots, max((h.slots for h in held), default=0) + _FREE_SLOTS),
         tuple(sorted(measured)),
         tuple(early),
         tuple(late),
@@ -146,10 +154,15 @@ def _last_members(tensors: Sequence[PlannedTensor]) -> dict[str, int]:
     return {g: i for i, t in enumerate(tensors) if (g := scale_domain(t)) is not None}
 
 
-def _overflow(
-    tensors: Sequence[PlannedTensor], slots: Sequence[Slot], measured: Collection[str], limit: int
-) -> str | None:
-    """The scale domain that holds the most slots at the first moment when more than `limit` are held."""
+class _Held(NamedTuple):
+    """At one moment: how many slots wait for scales, and the scale domain that holds the most of them."""
+
+    slots: int
+    largest: str
+
+
+def _held(tensors: Sequence[PlannedTensor], slots: Sequence[Slot], measured: Collection[str]) -> Iterator[_Held]:
+    """What is held after each segment of a weight whose scale domain is not measured."""
     last = _last_members(tensors)
     held: dict[str, set[int]] = {}
     for number, slot in enumerate(slots):
@@ -158,11 +171,9 @@ def _overflow(
             if domain is None or domain in measured:
                 continue
             held.setdefault(domain, set()).add(number)
-            if len(set().union(*held.values())) > limit:
-                return max(held, key=lambda d: len(held[d]))
+            yield _Held(len(set().union(*held.values())), max(held, key=lambda d: len(held[d])))
             if last[domain] == segment.tensor and segment.stop == tensors[segment.tensor].info.nbytes:
                 del held[domain]
-    return None
 
 
 def _order(

@@ -7,7 +7,7 @@ members lie, is known here alone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -53,9 +53,28 @@ def convert_component(
     shards: Sequence[ShardPlan] | None = None,
     hashed: bool = False,
     with_errors: bool = False,
-    on_measured: Callable[[int], None] = lambda _: None,
 ) -> Generator[ShardStream, None, None]:
     """Yield the component's shards one after the other; a shard's chunks are to be taken before the next is asked for.
+
+    The arguments are those of `begin_shards`. Raises ConvertError.
+    """
+    begun = begin_shards(component, supply, engine, shards=shards, hashed=hashed, with_errors=with_errors)
+    for stream in begun:
+        with closing(stream.chunks):
+            yield stream
+
+
+def begin_shards(
+    component: ComponentPlan,
+    supply: Supply,
+    engine: Engine,
+    *,
+    shards: Sequence[ShardPlan] | None = None,
+    hashed: bool = False,
+    with_errors: bool = False,
+    on_measured: Callable[[int], None] = lambda _: None,
+) -> Iterator[ShardStream]:
+    """Yield the component's shards, whose chunks are taken whenever it suits, in any thread, and then closed.
 
     shards: those to convert, in order; None is all. hashed: whether the source's digest is wanted, which costs time.
     with_errors: whether it is wanted what codes miss of their weights.
@@ -69,5 +88,6 @@ def convert_component(
             on_measured(measured_bytes(component.shards, missing))
         digest = hashlib.sha256() if hashed else None
         errors: dict[str, RecordedError] | None = {} if with_errors else None
-        with closing(stream_shard(shard, source, engine, amaxes=amaxes, hasher=digest, errors=errors)) as chunks:
-            yield ShardStream(shard, source, chunks, digest, {} if errors is None else errors)
+        scales = {group: amaxes[group] for group in shard.schedule.measured}
+        chunks = stream_shard(shard, source, engine, amaxes=scales, hasher=digest, errors=errors)
+        yield ShardStream(shard, source, chunks, digest, {} if errors is None else errors)

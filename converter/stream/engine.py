@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
 
+from ..plan.schedule import MEMORY
 from .reading import BufferPool
 
 T = TypeVar("T")
 
+_SHARE_BYTES = 112 * 1024 * 1024  # of buffers for each of several shards: a fusion group of Qwen-Image's DiT and six
+
 
 class Engine:
-    """A context manager. device: where the arithmetic runs. workers: threads for it on the CPU. readers: threads that
-    read.
+    """A context manager. device: where the arithmetic runs. workers: threads for it on the CPU, whatever the number of
+    shards. readers: threads that read a shard. shards: how many may be under way at the same time.
     """
 
-    def __init__(self, device: torch.device | str = "cpu", workers: int = 2, readers: int = 1) -> None:
+    def __init__(self, device: torch.device | str = "cpu", workers: int = 2, readers: int = 1, shards: int = 1) -> None:
         self.device = torch.device(device)
         self.readers = readers
-        self.pool = BufferPool(pinned=self.device.type == "cuda")
+        self.shards = shards
         self._executor = ThreadPoolExecutor(workers, "fp8-quantize") if self.device.type == "cpu" else None
         self._threads = torch.get_num_threads()
+        self._budget = MEMORY.pool_bytes + (shards - 1) * _SHARE_BYTES
+        self._taken = 0
+        self._idle: list[tuple[tuple[int, int], BufferPool]] = []  # by size of a buffer, and number
+        self._given_back = threading.Condition()
 
     def __enter__(self) -> Engine:
         if self._executor is not None:
@@ -42,3 +51,35 @@ class Engine:
         future: Future[T] = Future()
         future.set_result(task())
         return future
+
+    @contextlib.contextmanager
+    def pool(self, slot_bytes: int, least: int, most: int) -> Iterator[BufferPool]:
+        """Buffers of `slot_bytes` for one shard, to be given back by then; waits until there is memory for them.
+
+        least: how many the shard cannot do without. most: how many it gets where it is alone; with others under way it
+        gets its share. All that are taken stay within one budget, but for a shard that alone needs more.
+        """
+        count = most if self.shards == 1 else min(most, max(least, _SHARE_BYTES // slot_bytes))
+        with self._given_back:
+            self._given_back.wait_for(lambda: not self._taken or self._taken + slot_bytes * count <= self._budget)
+            self._taken += slot_bytes * count
+            pool = self._pool_of(slot_bytes, count)
+        try:
+            yield pool
+            with self._given_back:  # not after an error: some of its buffers may be in use
+                self._idle.append(((slot_bytes, count), pool))
+        finally:
+            with self._given_back:
+                self._taken -= slot_bytes * count
+                self._given_back.notify_all()
+
+    def _pool_of(self, slot_bytes: int, count: int) -> BufferPool:
+        """One that is idle and has the size, else a new one in the memory of those that are idle."""
+        for number, (size, pool) in enumerate(self._idle):
+            if size == (slot_bytes, count):
+                del self._idle[number]
+                return pool
+        self._idle.clear()
+        pool = BufferPool(pinned=self.device.type == "cuda")
+        pool.configure(slot_bytes, count)
+        return pool

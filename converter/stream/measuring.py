@@ -19,6 +19,8 @@ from .quantize import TORCH_DTYPES, amax
 from .reading import SpanReader, open_for_reading
 from .supply import Supply
 
+_LEAST_SLOTS = 4
+
 
 def measure(shards: Iterable[ShardPlan], groups: Collection[str], supply: Supply, engine: Engine) -> dict[str, float]:
     """max|w| of each scale domain in `groups`, over its members in all `shards`, those of one component.
@@ -50,13 +52,16 @@ def _near(
     """The elements of the members, some at a time, on the engine's device, merged; read from a file that is here."""
     schedule, data_start = shard.schedule, shard.source.header.data_start
     slots = cut([(i, t.info.start, t.info.nbytes, t.info.itemsize) for i, t in enumerate(members)], schedule.slot_bytes)
-    engine.pool.configure(schedule.slot_bytes, schedule.pool_slots)
     fd = open_for_reading(source.path, source.where)
     try:
         spans = [(data_start + s.start, data_start + s.stop) for s in slots]
         # The same bytes are read again soon: they may stay in the page cache.
-        reader = SpanReader(fd, spans, engine.pool, where=source.where, threads=engine.readers, drop_behind=False)
-        with closing(reader):
+        with (
+            engine.pool(schedule.slot_bytes, _LEAST_SLOTS, schedule.pool_slots) as pool,
+            closing(
+                SpanReader(fd, spans, pool, where=source.where, threads=engine.readers, drop_behind=False)
+            ) as reader,
+        ):
             for slot in slots:
                 span = reader.next()
                 for segment in slot.segments:

@@ -32,7 +32,7 @@ from .elements import finite, made_bf16, not_finite, segment_bytes, typed, witho
 from .engine import Engine
 from .merging import merge
 from .quantize import amax, quantize_blocks, quantize_rows, quantize_tensor, tensor_scale
-from .reading import Hasher, Span, SpanReader, open_for_reading, read_exactly
+from .reading import BufferPool, Hasher, Span, SpanReader, open_for_reading, read_exactly
 from .weight_error import Missed, Rows, weight_error
 
 
@@ -63,10 +63,12 @@ def stream_shard(
     in file order. errors: takes, by module, what the codes miss of each weight, at its scale's chunk. Raises
     ConvertError for a weight with NaN or Inf, and where the file differs from its header.
     """
+    schedule = shard.schedule
     fd = open_for_reading(source.path, source.where)
     try:
-        stream = _ShardStream(shard, engine, fd, amaxes or {}, hasher, errors)
-        yield from stream.copied() if shard.copied else stream.converted()
+        with engine.pool(schedule.slot_bytes, schedule.least_slots, schedule.pool_slots) as pool:
+            stream = _ShardStream(shard, engine, pool, fd, amaxes or {}, hasher, errors)
+            yield from stream.copied() if shard.copied else stream.converted()
     finally:
         os.close(fd)
 
@@ -121,12 +123,13 @@ class _ShardStream:
         self,
         shard: ShardPlan,
         engine: Engine,
+        pool: BufferPool,
         fd: int,
         amaxes: Mapping[str, float],
         hasher: Hasher | None,
         errors: dict[str, RecordedError] | None,
     ) -> None:
-        self.shard, self.engine, self.fd, self.hasher, self.errors = shard, engine, fd, hasher, errors
+        self.shard, self.engine, self.pool, self.fd, self.hasher, self.errors = shard, engine, pool, fd, hasher, errors
         self.schedule = shard.schedule
         self.data_start = shard.source.header.data_start
         self.last = {d: i for i, t in enumerate(shard.tensors) if (d := scale_domain(t)) is not None}
@@ -170,12 +173,11 @@ class _ShardStream:
             yield from self._finished(wait=True)
 
     def _spans(self, slots: Sequence[Slot], hashed: bool) -> Generator[tuple[Slot, Span], None, None]:
-        self.engine.pool.configure(self.schedule.slot_bytes, self.schedule.pool_slots)
         spans = [(self.data_start + s.start, self.data_start + s.stop) for s in slots]
         self.reader = SpanReader(
             self.fd,
             spans,
-            self.engine.pool,
+            self.pool,
             where=self.shard.source.path,
             hasher=self.hasher if hashed else None,
             threads=self.engine.readers,

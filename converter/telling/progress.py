@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -45,6 +46,33 @@ class Silent:
 
     def finishing(self) -> None:
         self._on_finishing()
+
+
+class TakingTurns:
+    """A progress that several threads tell of their work."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._turn = threading.Lock()
+
+    def start(self, total: int, unit: str = BYTES) -> None:
+        with self._turn:
+            self._progress.start(total, unit)
+
+    def advance(self, count: int) -> None:
+        with self._turn:
+            self._progress.advance(count)
+
+    def say(self, line: str) -> None:
+        with self._turn:
+            self._progress.say(line)
+
+    def finishing(self) -> None:
+        self._progress.finishing()
+
+    def close(self) -> None:
+        with self._turn:
+            self._progress.close()
 
 
 class Bar(Silent):

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def memory(key):
 
 plan_conversion(sys.argv[1])  # builds the classes: all imports are done
 imports = memory("VmHWM:")
-convert(sys.argv[1], sys.argv[2], workers=2, weight_block_size=[int(n) for n in sys.argv[3:]] or None)
+convert(sys.argv[1], sys.argv[2], workers=2, shards=1, weight_block_size=[int(n) for n in sys.argv[3:]] or None)
 print(imports, memory("VmHWM:"))
 """
 
@@ -44,20 +45,28 @@ def three_gigabytes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.device("meta"), quiet_libraries():
         model = WanTransformer3DModel(num_layers=1, num_attention_heads=40, ffn_dim=53_760)
         model.save_config(folder)
-    tensors, position = [], 0
-    for name, parameter in sorted(model.state_dict().items()):
-        tensors.append(TensorInfo(name, "F32", tuple(parameter.shape), position, position + 4 * parameter.numel()))
-        position += 4 * parameter.numel()
-    with open(folder / "diffusion_pytorch_model.safetensors", "wb") as file:
-        header = encode_header(tensors, {"format": "pt"})
-        file.write(header)
-        for tensor in tensors:
-            file.seek(len(header) + tensor.end - 4)
-            file.write(torch.tensor(-2.0).numpy().tobytes())
+    shapes = {name: tuple(parameter.shape) for name, parameter in sorted(model.state_dict().items())}
+    tensors = write_sparse(folder / "diffusion_pytorch_model.safetensors", shapes, "F32")
     sizes = sorted(t.nbytes for t in tensors)
-    assert position > 3e9
+    assert sum(sizes) > 3e9
     assert sizes[-1] > 1.1e9
     return folder
+
+
+def write_sparse(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> list[TensorInfo]:
+    """A safetensors file without memory or room on the disk: zeros, and -2 at the end of each FP32 weight."""
+    tensors, position, size = [], 0, {"F32": 4, "BF16": 2}[dtype]
+    for name, shape in shapes.items():
+        tensors.append(TensorInfo(name, dtype, shape, position, position + size * math.prod(shape)))
+        position = tensors[-1].end
+    with open(path, "wb") as file:
+        header = encode_header(tensors, {"format": "pt"})
+        file.write(header)
+        for tensor in tensors if dtype == "F32" else ():
+            file.seek(len(header) + tensor.end - 4)
+            file.write(torch.tensor(-2.0).numpy().tobytes())
+        file.truncate(len(header) + position)
+    return tensors
 
 
 _LOADING_CHILD = """
@@ -192,6 +201,41 @@ def test_three_gigabytes_with_a_tensor_of_one(three_gigabytes: Path, tmp_path: P
     assert written[name][2][-2:] == b"\x00\xfe"  # -2 is the largest magnitude: code -448
     assert json.loads((tmp_path / "out" / "config.json").read_text())["ffn_dim"] == 53_760
     output.unlink()
+
+
+@pytest.fixture(scope="module")
+def four_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Wan DiT in BF16 in four shards of a layer each, with fusion groups as large as Qwen-Image's: 1.5 GB."""
+    folder = tmp_path_factory.mktemp("sharded") / "transformer"
+    folder.mkdir()
+    with torch.device("meta"), quiet_libraries():
+        model = WanTransformer3DModel(num_layers=4, num_attention_heads=24, ffn_dim=12_288)
+        model.save_config(folder)
+    shapes = {name: tuple(parameter.shape) for name, parameter in sorted(model.state_dict().items())}
+    index = {name: int(name.split(".")[1]) if name.startswith("blocks.") else 0 for name in shapes}
+    names = [f"diffusion_pytorch_model-0000{i + 1}-of-00004.safetensors" for i in range(4)]
+    for number, name in enumerate(names):
+        tensors = write_sparse(folder / name, {n: shapes[n] for n in shapes if index[n] == number}, "BF16")
+        assert sum(t.nbytes for t in tensors) > 3e8
+    weight_map = {name: names[number] for name, number in index.items()}
+    content = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(content)
+    return folder
+
+
+def test_a_shard_more_under_way_takes_150_megabytes(four_shards: Path, tmp_path: Path) -> None:
+    over_imports = {}
+    for shards in (1, 2, 4):
+        child = _CHILD.replace("shards=1", f"shards={shards}")
+        command = [sys.executable, "-W", "ignore", "-c", child, str(four_shards), str(tmp_path / "out")]
+        imports, peak = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+        over_imports[shards] = peak - imports
+        shutil.rmtree(tmp_path / "out")
+    found = {shards: f"{size / 2**20:.0f} MiB" for shards, size in over_imports.items()}
+    assert over_imports[1] <= LIMIT, found
+    for shards in (2, 4):
+        assert over_imports[shards] <= over_imports[1] + (shards - 1) * 150 * 2**20, found
+    assert over_imports[4] > over_imports[1] + 100 * 2**20, f"they were not under way together: {found}"
 
 
 _IMPORTING_CHILD = """

@@ -35,8 +35,8 @@ COMMAND = Path(sysconfig.get_path("scripts"), "fp8-convert")
 DIT = "transformer/diffusion_pytorch_model.safetensors"
 OPTIONS = [
     "--output", "--dry-run", "--json", "--quantization", "--manifest", "--ignored-layers", "--component", "--compact",
-    "--weight-block-size", "--activation-scheme", "--input-scales", "--device", "--workers", "--force", "--revision",
-    "--token", "--cache-dir", "--local-files-only", "--variant", "-h, --help",
+    "--weight-block-size", "--activation-scheme", "--input-scales", "--device", "--workers", "--shards",
+    "--read-back", "--force", "--revision", "--token", "--cache-dir", "--local-files-only", "--variant", "-h, --help",
 ]  # fmt: skip
 
 

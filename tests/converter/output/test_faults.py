@@ -1,6 +1,7 @@
 """Faults: kills, full disks, read errors, damage. After each, a rerun gives the undisturbed bytes or one clear error.
 
-A dozen random kills run by default; FP8_CONVERT_FAULTS=N sets another number for a long run (`make faults`).
+With one shard under way and with several. A dozen random kills run by default; FP8_CONVERT_FAULTS=N sets another number
+for a long run (`make faults`).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from fp8_convert.converter.stream.shard_stream import Chunk, stream_shard
 from fp8_convert.converter.telling.progress import Silent
 
 TRIES = int(os.environ.get("FP8_CONVERT_FAULTS", "12"))
-# Forks a conversion for each line "STOP_AT OUTPUT": so that a kill lands in the conversion and not in its imports.
+# Forks a conversion for each line "STOP_AT SHARDS OUTPUT": a kill is to land in the conversion and not in its imports.
 # STOP_AT >= 0 ends the process at that rename of the last step.
 _NURSERY = """
 import os, sys
@@ -62,16 +63,19 @@ def die_at(stop_at):
     target.os.replace = dying
 
 for line in sys.stdin:
-    stop_at, output = line.rstrip().split(" ", 1)
+    stop_at, shards, output = line.rstrip().split(" ", 2)
     child = os.fork()
     if child == 0:
         if int(stop_at) >= 0:
             die_at(int(stop_at))
-        convert(sys.argv[1], output, workers=2)
+        convert(sys.argv[1], output, workers=2, shards=int(shards))
         os._exit(0)
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+
+
+under_way = pytest.mark.parametrize("shards", [1, 4])
 
 
 class Nursery:
@@ -86,10 +90,10 @@ class Nursery:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
-    def start(self, output: Path, stop_at: int = -1) -> int:
+    def start(self, output: Path, stop_at: int = -1, shards: int = 1) -> int:
         """Start a conversion; returns its process id."""
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{stop_at} {output}\n")
+        self._process.stdin.write(f"{stop_at} {shards} {output}\n")
         self._process.stdin.flush()
         return int(self._line())
 
@@ -141,8 +145,10 @@ def duration(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> floa
     return min(times)
 
 
+@under_way
 def test_kill_at_random_points(
     nursery: Nursery,
+    shards: int,
     source: Path,
     undisturbed: dict[str, str],
     duration: float,
@@ -153,7 +159,7 @@ def test_kill_at_random_points(
     killed = resumed = 0
     for attempt in range(TRIES):
         output = tmp_path / f"out{attempt}"
-        process = nursery.start(output)
+        process = nursery.start(output, shards=shards)
         time.sleep(rng.random() * duration)
         with contextlib.suppress(ProcessLookupError):  # it may have finished already
             os.kill(process, signal.SIGKILL)
@@ -162,12 +168,15 @@ def test_kill_at_random_points(
         if was_killed and not (output / "fp8_convert.json").exists():
             assert not (output / "model_index.json").exists(), "an unfinished snapshot looks like one"
         if was_killed and ((output / STAGING).exists() or not output.exists()):
-            resumed += convert(source, output).resumed_shards
+            resumed += convert(source, output, shards=shards).resumed_shards
         assert digests(output) == undisturbed
         assert verify(output).ok
         shutil.rmtree(output)
     with capsys.disabled():
-        print(f"\nkills: {TRIES} tried, {killed} hit a running conversion, all survived; {resumed} shards resumed")
+        print(
+            f"\nkills, {shards} shards under way: {TRIES} tried, {killed} hit a running conversion, all survived; "
+            f"{resumed} shards resumed"
+        )
 
 
 def test_kill_while_the_snapshot_appears(
@@ -184,8 +193,11 @@ def test_kill_while_the_snapshot_appears(
         shutil.rmtree(output)
 
 
+@under_way
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_signals_stop_with_a_word_on_resuming(source: Path, tmp_path: Path, signum: signal.Signals) -> None:
+def test_signals_stop_with_a_word_on_resuming(
+    source: Path, tmp_path: Path, signum: signal.Signals, shards: int
+) -> None:
     slow = (
         "import time\nfrom fp8_convert.converter.output import writing\n"
         "write = writing.os.pwrite\n"
@@ -193,7 +205,7 @@ def test_signals_stop_with_a_word_on_resuming(source: Path, tmp_path: Path, sign
         "from fp8_convert.converter.cli.commands import main\nmain()"
     )
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", slow, str(source), "-o", str(tmp_path / "out")],
+        [sys.executable, "-W", "ignore", "-c", slow, str(source), "-o", str(tmp_path / "out"), "--shards", str(shards)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -226,6 +238,7 @@ class Disk:
         return done
 
 
+@under_way
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 def test_write_errors_at_random_offsets(
     source: Path,
@@ -234,6 +247,7 @@ def test_write_errors_at_random_offsets(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     code: int,
+    shards: int,
 ) -> None:
     rng = random.Random(code)
     total = sum(p.stat().st_size for p in source.rglob("*"))
@@ -242,20 +256,23 @@ def test_write_errors_at_random_offsets(
         with monkeypatch.context() as patched:
             Disk(patched, rng.randrange(total // 2), code)
             with pytest.raises(ResumableError, match=r"cannot be written .*run the same command again to resume"):
-                convert(source, output)
-        convert(source, output)
+                convert(source, output, shards=shards)
+        convert(source, output, shards=shards)
         assert digests(output) == undisturbed
         shutil.rmtree(output)
     with capsys.disabled():
-        print(f"\nwrite errors ({errno.errorcode[code]}): {TRIES // 2} tried, all survived")
+        which = f"{errno.errorcode[code]}, {shards} shards under way"
+        print(f"\nwrite errors ({which}): {TRIES // 2} tried, all survived")
 
 
+@under_way
 def test_read_errors_and_short_reads(
     source: Path,
     undisturbed: dict[str, str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    shards: int,
 ) -> None:
     rng = random.Random(5)
     read = os.preadv
@@ -272,12 +289,13 @@ def test_read_errors_and_short_reads(
         with monkeypatch.context() as patched:
             patched.setattr("fp8_convert.converter.stream.reading.os.preadv", failing)  # also read back
             with pytest.raises(ResumableError, match=r"cannot be (read|written) \(Input/output error\)"):
-                convert(source, output)
-        convert(source, output)
+                convert(source, output, shards=shards, read_back=True)
+        convert(source, output, shards=shards)
         assert digests(output) == undisturbed
         shutil.rmtree(output)
     with capsys.disabled():
-        print(f"\nread errors and short reads: {TRIES // 2} tried, all survived")
+        which = f"{shards} shards under way"
+        print(f"\nread errors and short reads, {which}: {TRIES // 2} tried, all survived")
 
 
 def interrupted(
@@ -407,7 +425,10 @@ def test_a_lock_that_its_holder_removed_is_not_taken(tmp_path: Path, monkeypatch
         open_target(tmp_path / "out", [], force=False)
 
 
-def test_a_source_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path) -> None:
+@under_way
+def test_a_source_that_changes_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path, shards: int
+) -> None:
     changing, output = copied(source, tmp_path / "source"), tmp_path / "out"
 
     def touching(shard: ShardPlan, source: SourceFile, *arguments: Any, **settings: Any) -> Iterator[Chunk]:
@@ -418,8 +439,8 @@ def test_a_source_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pyt
     with monkeypatch.context() as touched:
         touched.setattr(component_stream, "stream_shard", touching)
         with pytest.raises(ResumableError, match=r"transformer/.* changed while it was read; run again"):
-            convert(changing, output)
-    convert(changing, output)
+            convert(changing, output, shards=shards)
+    convert(changing, output, shards=shards)
     assert verify(output, source=changing).ok
 
 

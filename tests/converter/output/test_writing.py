@@ -25,8 +25,8 @@ def content(size: int) -> bytes:
     return (bytes(range(251)) * (size // 251 + 1))[:size]
 
 
-def write(path: Path, data: bytes, piece: int, size: int | None = None) -> str:
-    with FileWriter(path, len(data) if size is None else size, "shard") as writer:
+def write(path: Path, data: bytes, piece: int, size: int | None = None, read_back: bool = True) -> str:
+    with FileWriter(path, len(data) if size is None else size, "shard", read_back=read_back) as writer:
         for start in range(0, len(data), piece):
             writer.append(memoryview(data)[start : start + piece])
         return writer.commit()
@@ -213,6 +213,17 @@ def test_bytes_that_read_back_differently(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(ResumableError, match="reads back other bytes than were written"):
         write(tmp_path / "x", content(5000), 5000)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("read_back", [False, True])
+def test_reading_back_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, read_back: bool) -> None:
+    read = []
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *a: (read.append(real(*a)), read[-1])[1])
+    assert write(tmp_path / "x", content(size), S, read_back=read_back) == hashlib.sha256(content(size)).hexdigest()
+    assert sum(read) == (size if read_back else 0)
+    assert (tmp_path / "x").read_bytes() == content(size)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -116,7 +116,7 @@ def test_what_waits_for_its_scale_fits_the_pool(w: Weights, slot_bytes: int, slo
                     continue
                 left[domain] -= segment.stop - segment.start
                 held.setdefault(domain, set()).add(number)
-                assert len(set().union(*held.values())) < plan.pool_slots
+                assert len(set().union(*held.values())) < plan.least_slots <= plan.pool_slots
                 if left[domain] == 0:
                     del held[domain]
         assert not held

@@ -65,6 +65,7 @@ OFFLINE: dict[str, tuple[dict[str, Any], str]] = {
     "format": ({"quantization": "int8"}, "quantization is 'int8'; the only one is 'fp8'."),
     "device": ({"device": "gpu"}, "The device 'gpu' is unknown; use auto, cpu or cuda."),
     "workers": ({"workers": -1}, "workers is -1; use a positive number, or none."),
+    "shards": ({"shards": 0}, "shards is 0; use a positive number, or none."),
 }
 
 Door = Callable[[Path, dict[str, Any]], object]
@@ -108,7 +109,7 @@ def test_mistakes_that_only_a_conversion_can_make(mistake: str, tmp_path: Path) 
     with pytest.raises(SettingsError) as caught:
         convert(saved("z_image"), tmp_path / "out", **options)
     assert str(caught.value) == sentence
-    if not {*options} & {"components", "max_shard_size", "device", "workers"}:
+    if not {*options} & {"components", "max_shard_size", "device", "workers", "shards"}:
         with pytest.raises(SettingsError) as caught:
             load_pipeline(saved("z_image"), device="cpu", **{"quantization": "fp8", **options})
         assert str(caught.value) == sentence

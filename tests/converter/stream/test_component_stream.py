@@ -12,7 +12,7 @@ from fp8_convert.converter.plan.plan import ComponentPlan
 from fp8_convert.converter.snapshot.files import LocalFiles, SourceFile
 from fp8_convert.converter.snapshot.snapshot import Shard
 from fp8_convert.converter.stream import component_stream
-from fp8_convert.converter.stream.component_stream import convert_component
+from fp8_convert.converter.stream.component_stream import begin_shards, convert_component
 from fp8_convert.converter.stream.engine import Engine
 from fp8_convert.converter.stream.supply import FolderSupply
 
@@ -91,7 +91,7 @@ def test_bytes_that_were_measured_are_told(component: ComponentPlan, tmp_path: P
     told: list[int] = []
     with Engine() as engine:
         supply = FolderSupply(LocalFiles(tmp_path))
-        for stream in convert_component(component, supply, engine, hashed=True, on_measured=told.append):
+        for stream in begin_shards(component, supply, engine, hashed=True, on_measured=told.append):
             assert list(stream.chunks)
             assert stream.sha256 == hashlib.sha256((tmp_path / stream.plan.source.path).read_bytes()).hexdigest()
     assert told == [3 * 8 * 16 * 2]

@@ -453,10 +453,11 @@ def grouped(folder: Folder) -> dict[str, reference.Tensor]:
 
 
 @pytest.mark.parametrize("memory", SIZES[1:], ids=str)
+@pytest.mark.parametrize("shards", [1, 2])
 @pytest.mark.parametrize("workers", [1, 3])
-def test_groups_through_a_conversion(folder: Folder, memory: Memory, workers: int) -> None:
+def test_groups_through_a_conversion(folder: Folder, memory: Memory, workers: int, shards: int) -> None:
     expected = grouped(folder)
-    convert_in(memory, folder.source, folder.output, folder.root / "all.toml", workers)
+    convert_in(memory, folder.source, folder.output, folder.root / "all.toml", workers, shards)
     assert folder.tensors() == expected
 
 
