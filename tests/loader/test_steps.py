@@ -317,7 +317,7 @@ def test_the_report_tells_the_steps_and_how_many_there_were() -> None:
     says = "20 linears dequantise in the first 1 and the last 2 steps of a run"
     assert told.ok
     assert told.high_precision_steps == (1, 2)
-    assert {c.name: c.notes for c in told.components if c.notes} == {ONE: (says,), TWO: (says,)}
+    assert {c.name: c.notes[0] for c in told.components if c.notes} == {ONE: says, TWO: says}
     assert json.loads(json.dumps(told.to_json()))["high_precision_steps"] == [1, 2]
     run(pipe, "wan22", steps=4)
     assert says + " (3 of 4 in the last run)" in str(report(pipe))
