@@ -75,6 +75,8 @@ def linear(rows: list[Row]) -> str:
         "SDNQ": "SDNQ",
     }
     failed = {(row.get("shape"), row.get("peer")): row for row in rows if "failed" in row}
+    tried = {key for row in _shapes(rows).values() for key in row["ms"]} | {peer for _, peer in failed}
+    columns = {title: key for title, key in columns.items() if key in tried}
     lines = []
     for shape, row in _shapes(rows).items():
         cells = [number(failed.get((shape, key), row["ms"]), key, 3) for key in columns.values()]
@@ -115,6 +117,7 @@ def _cases(rows: list[Row]) -> Iterable[tuple[str, str]]:
 
 
 def transformer(rows: list[Row]) -> str:
+    peers = {peer: modes for peer, modes in PEERS.items() if any(row.get("what") == peer for row in rows)}
     lines = []
     for case, rule in _cases(rows):
         of_case = [row for row in rows if row.get("case") == case]
@@ -124,11 +127,11 @@ def transformer(rows: list[Row]) -> str:
             line.append(number(found(of_case, what="bf16", mode=mode), "ms", 1))
         for mode in ("eager", "cuda graphs", "compiled"):
             line.append(number(found(of_case, what="ours", rule=rule, mode=mode), "ms", 1))
-        for peer, modes in PEERS.items():  # which were given the layers of one rule
+        for peer, modes in peers.items():  # which were given the layers of one rule
             line += [number(found(of_case, what=peer, mode=m), "ms", 1) if rule == last else "" for m in modes]
         lines.append(line)
     titles = ["BF16 eager", "BF16 compiled", "FP8 eager", "FP8 eager, CUDA graphs", "FP8 compiled"]
-    return table(["", *titles, *(f"{peer} {mode}" for peer, modes in PEERS.items() for mode in modes)], lines)
+    return table(["", *titles, *(f"{peer} {mode}" for peer, modes in peers.items() for mode in modes)], lines)
 
 
 def saving(rows: list[Row]) -> str:

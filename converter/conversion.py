@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import time
@@ -19,7 +18,6 @@ from .snapshot.access import HubAccess
 from .snapshot.describing import outline
 from .snapshot.files import Files
 from .snapshot.locate import describe_source, open_files
-from .snapshot.paging import paging_in
 from .telling.errors import ConvertError
 from .telling.notebook import one_line
 from .telling.progress import Progress, Silent
@@ -190,8 +188,7 @@ def convert_with(
     """As `convert`, from its settings."""
     started = time.monotonic()
     files = open_files(source, access)
-    with contextlib.nullcontext() if output.exists() else paging_in(files):
-        plan = _plan(files, settings, access, progress)
+    plan = _plan(files, settings, access, progress)
     check_outside(output, source)
     digest = None if work.force else finished_already(plan, files, output, work.check, progress)
     already, resumed = digest is not None, 0

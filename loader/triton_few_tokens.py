@@ -19,21 +19,16 @@ _ONE, _MANY = 0, 1
 
 @triton.jit
 def _one_token(
-    x, codes, out, scale, bias, n, k, wide, bn, bk, SCALES: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr
+    x, codes, out, scale, bias, n, k, BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     here = tl.where(row < n, row, 0).to(tl.int64)
-    if SCALES == 0:
-        factor = tl.load(scale)
+    factor = tl.load(scale)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, k, COLUMNS):
         inside = start + column < k
         value = tl.load(codes + here[:, None] * k + (start + column)[None, :], mask=inside[None, :], other=0.0)
-        if SCALES == 1:
-            at = (here // bn)[:, None] * wide + ((start + column) // bk)[None, :]
-            factor = tl.load(scale + at, mask=inside[None, :], other=0.0)
         weight = (value.to(tl.float32) * factor).to(x.dtype.element_ty)
         token = tl.load(x + start + column, mask=inside, other=0.0)
         total += weight.to(tl.float32) * token.to(tl.float32)[None, :]
@@ -82,9 +77,9 @@ def multiply(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, block
     bn, bk = block or (n, k)
     wide = scale.shape[1] if many else 1
     tensors = (x, codes, out, scale, out if bias is None else bias)
-    facts = (x.dtype, n, k, bn, bk, bias is not None, many, tokens == 1)
-    if tokens == 1:
-        launch(_one_token, facts, (-(-n // 8), 1, 1), tensors, n, k, wide, bn, bk, many, bias is not None, 8, 512)
+    facts = (x.dtype, n, k, bn, bk, bias is not None, many)
+    if tokens == 1 and not many:  # gathering scales for each element would take longer than the kernel below
+        launch(_one_token, facts, (-(-n // 8), 1, 1), tensors, n, k, bias is not None, 8, 512)
         return out
     room = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
     rows, columns = 32 if room == 16 else 64, 128 if bk % 256 and bk < k else 256

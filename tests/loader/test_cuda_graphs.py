@@ -257,7 +257,8 @@ def test_pipelines_give_the_same_pictures(name: str, compiled: bool) -> None:
         pipe.set_progress_bar_config(disable=True)
         if compiled:
             torch._dynamo.reset()
-            pipe.transformer.compile_repeated_blocks()
+            # Otherwise a kind of inputs may be computed by one graph now and by another later, with other bits.
+            pipe.transformer.compile_repeated_blocks(dynamic=False)
         pictures.append([run(pipe, name, steps=5, seed=seed) for seed in (0, 1)])
     assert all(torch.equal(a, b) for a, b in zip(*pictures, strict=True))
     allowed, recorded, refused = recorded_blocks(pipe.transformer)
