@@ -25,7 +25,6 @@ from .plan.recipe import tool_version
 from .snapshot.describing import describe
 from .snapshot.files import LocalFiles, require_folder
 from .stream.plain_shard import stream_plain
-from .stream.reading import BufferPool
 from .telling.errors import ConvertError, SettingsError
 from .telling.notebook import one_line
 from .telling.progress import Progress, Silent
@@ -151,10 +150,9 @@ def _write(plan: PlainPlan, files: LocalFiles, target: Target, key: str, progres
     if target.begin(key, shards=list(stats), source_stats=stats, kept=kept.values()):
         progress.say("the unfinished output of another source, recipe or version was dropped")
     progress.start(plan.bytes_before)
-    pool = BufferPool()
     for shard in plan.shards:
         if shard.source.path not in kept:
-            _write_shard(shard, plan, files, target, pool)
+            _write_shard(shard, plan, files, target)
         progress.advance(shard.source.size)
     progress.close()
     for path, data in plan.files.items():
@@ -175,12 +173,12 @@ def _finished_before(plan: PlainPlan, files: LocalFiles, target: Target, key: st
     return {p: d for p, d in done.items() if d.source_stat == files.open(p).stat and target.recheck(d)}
 
 
-def _write_shard(shard: PlainShard, plan: PlainPlan, files: LocalFiles, target: Target, pool: BufferPool) -> None:
+def _write_shard(shard: PlainShard, plan: PlainPlan, files: LocalFiles, target: Target) -> None:
     path = shard.source.path
     source, digest = files.open(path), hashlib.sha256()
     with FileWriter(target.staged(path), shard.size, path) as writer:
         writer.append(memoryview(shard.header))
-        for piece in stream_plain(shard, source, PLAIN_DTYPES[plan.dtype], pool, digest):
+        for piece in stream_plain(shard, source, PLAIN_DTYPES[plan.dtype], digest):
             writer.append(memoryview(piece.numpy().data))
         if shard.sha256 not in (None, digest.hexdigest()):
             raise ConvertError(

@@ -6,7 +6,7 @@ For few tokens a linear costs what its weight's bytes cost, so that dequantising
 read again) takes several times as long as BF16 and this takes less. The result is that of a plain linear with the
 dequantised weight but for the order in which products are added up.
 
-In compiled code it is the operator `fp8_convert::few_tokens`, which fake tensors and graph capture know.
+In compiled code it is the operator `fp8_convert::few_tokens`, whose kernel the graph starts by itself.
 """
 
 import functools
@@ -30,7 +30,7 @@ def multiply(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, block
     `scale` is float32, () or [N, 1] or, with `block`, [ceil(N / bn), ceil(K / bk)].
     """
     if torch.compiler.is_compiling():
-        out: Tensor = _operator(x, codes, scale, bias, [*(block or ())])
+        out: Tensor = torch.ops.fp8_convert.few_tokens(x, codes, scale, bias, [*(block or ())])
         return out
     if not x.shape[0] or kernels.fast(x) is None:
         return linear(x, kernels.dequantize(codes, scale, x.dtype, block), bias)
@@ -39,19 +39,10 @@ def multiply(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, block
 
 @functools.cache
 def _kernel() -> Callable[..., Tensor]:
+    """The kernel; with it torch learns of the operator."""
     from .triton_few_tokens import multiply
 
     return multiply
-
-
-@torch.library.custom_op("fp8_convert::few_tokens", mutates_args=())
-def _operator(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, block: list[int]) -> Tensor:
-    return multiply(x, codes, scale, bias, (block[0], block[1]) if block else None)
-
-
-@_operator.register_fake
-def _(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, block: list[int]) -> Tensor:
-    return x.new_empty(x.shape[0], codes.shape[0])
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -59,4 +50,7 @@ def can_multiply(device_type: str, device_index: int | None, dtype: torch.dtype,
     """Whether a device has the kernel, for activations of this dtype and scales of these blocks."""
     if device_type != "cuda" or device_index is None or dtype not in (torch.bfloat16, torch.float16):
         return False
-    return kernels.has_triton(device_index) and (block is None or block[1] % 128 == 0)
+    if not kernels.has_triton(device_index) or (block is not None and block[1] % 128):
+        return False
+    _kernel()  # for the operator to be known
+    return True

@@ -278,8 +278,7 @@ def _read_through_pinned(filler: Filler, shards: Iterable[Shard], supply: Supply
     """CUDA: threads read spans into pinned buffers, from which they are copied while others are read; the next shard's
     are begun before the last of one have arrived.
     """
-    pool = BufferPool(pinned=True)
-    pool.configure(_SPAN_BYTES, _SPANS)
+    pool = BufferPool(_SPAN_BYTES, _SPANS, pinned=True)
     left = deque(shards)
     open_shards: deque[_ShardBeingRead] = deque()
     copying: deque[tuple[torch.cuda.Event, Span]] = deque()

@@ -6,6 +6,9 @@ Bound by the weight's bytes, of which E4M3 has half of BF16's. A weight's value 
 activations' dtype, as `kernels.dequantize` has it; products are added up in float32.
 """
 
+from collections.abc import Hashable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -66,8 +69,16 @@ def _few_tokens(
     tl.store(out + there[None, :] * n + here[:, None], total.to(out.dtype.element_ty), mask=inside)
 
 
-def multiply(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, block: tuple[int, int] | None) -> Tensor:
-    """See `few_tokens.multiply`."""
+def multiply(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    block: tuple[int, int] | None,
+    *,
+    traced: bool = False,
+) -> Tensor:
+    """See `few_tokens.multiply`. traced: whether torch is to see the kernel, as in what it makes a graph of."""
     x = x if x.stride(1) == 1 else x.contiguous()
     (tokens, k), n = x.shape, codes.shape[0]
     out = torch.empty((tokens, n), dtype=x.dtype, device=x.device)
@@ -78,13 +89,14 @@ def multiply(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, block
     wide = scale.shape[1] if many else 1
     tensors = (x, codes, out, scale, out if bias is None else bias)
     facts = (x.dtype, n, k, bn, bk, bias is not None, many)
+    start = _traced if traced else launch
     if tokens == 1 and not many:  # gathering scales for each element would take longer than the kernel below
-        launch(_one_token, facts, (-(-n // 8), 1, 1), tensors, n, k, bias is not None, 8, 512)
+        start(_one_token, facts, (-(-n // 8), 1, 1), tensors, n, k, bias is not None, 8, 512)
         return out
     room = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
     rows, columns = 32 if room == 16 else 64, 128 if bk % 256 and bk < k else 256
     stride, grid = x.stride(0), (-(-n // rows), -(-tokens // room), 1)
-    launch(
+    start(
         _few_tokens,
         (*facts, stride, room),
         grid,
@@ -104,3 +116,17 @@ def multiply(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, block
         stages=4,
     )
     return out
+
+
+# torch sees what it consists of: the kernel becomes a part of compiled code, where a call of an operator that is opaque
+# takes the host 150 us.
+@torch.library.triton_op("fp8_convert::few_tokens", mutates_args=())
+def _operator(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, block: list[int]) -> Tensor:
+    return multiply(x, codes, scale, bias, (block[0], block[1]) if block else None, traced=True)
+
+
+def _traced(
+    kernel: Any, facts: Hashable, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], *rest: int, stages: int = 3
+) -> None:
+    """`launch` in sight of torch."""
+    torch.library.wrap_triton(kernel)[grid](*tensors, *rest, num_warps=4, num_stages=stages)

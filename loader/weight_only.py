@@ -24,7 +24,7 @@ def weight_only_linear(layer: Fp8Weight, x: Tensor) -> Tensor:
 
 def multiplies_codes(layer: Fp8Weight, x: Tensor, most: int) -> bool:
     """Whether `x` [..., K] has at most `most` tokens, wants no gradient, and there is a kernel for such."""
-    if x.numel() > most * x.shape[-1] or wants_gradient(x):
+    if not 0 < x.numel() <= most * x.shape[-1] or wants_gradient(x):
         return False
     can: bool = few_tokens.can_multiply(x.device.type, x.device.index, x.dtype, layer.block)
     return can

@@ -26,6 +26,7 @@ from ..telling.notebook import Brief
 from .decide import PlannedTensor, scale_bytes
 
 _FREE_SLOTS = 6  # slots that reading, converting and writing need beside those that a group holds
+_LEAST_FREE_SLOTS = 3  # where several shards share the memory; with fewer each would wait for its own writing
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def make_schedule(
         tuple(slots),
         slot_bytes,
         pool_slots,
-        min(pool_slots, max((h.slots for h in held), default=0) + _FREE_SLOTS),
+        min(pool_slots, max((h.slots for h in held), default=0) + _LEAST_FREE_SLOTS),
         tuple(sorted(measured)),
         tuple(early),
         tuple(late),

@@ -15,7 +15,7 @@ from .reading import BufferPool
 
 T = TypeVar("T")
 
-_SHARE_BYTES = 112 * 1024 * 1024  # of buffers for each of several shards: a fusion group of Qwen-Image's DiT and six
+_SHARE_BYTES = 128 * 1024 * 1024  # of buffers for each shard more; Qwen-Image's DiT, at its largest weight, needs 144
 
 
 class Engine:
@@ -31,7 +31,7 @@ class Engine:
         self._threads = torch.get_num_threads()
         self._budget = MEMORY.pool_bytes + (shards - 1) * _SHARE_BYTES
         self._taken = 0
-        self._idle: list[tuple[tuple[int, int], BufferPool]] = []  # by size of a buffer, and number
+        self._spare: list[torch.Tensor] = []  # buffers of one size that nobody uses
         self._given_back = threading.Condition()
 
     def __enter__(self) -> Engine:
@@ -63,23 +63,19 @@ class Engine:
         with self._given_back:
             self._given_back.wait_for(lambda: not self._taken or self._taken + slot_bytes * count <= self._budget)
             self._taken += slot_bytes * count
-            pool = self._pool_of(slot_bytes, count)
+            self._drop_spare_but(slot_bytes)
+            pool = BufferPool(slot_bytes, count, spare=self._spare, pinned=self.device.type == "cuda")
+            del self._spare[: len(pool.free)]
         try:
             yield pool
             with self._given_back:  # not after an error: some of its buffers may be in use
-                self._idle.append(((slot_bytes, count), pool))
+                self._drop_spare_but(slot_bytes)
+                self._spare += pool.free
         finally:
             with self._given_back:
                 self._taken -= slot_bytes * count
                 self._given_back.notify_all()
 
-    def _pool_of(self, slot_bytes: int, count: int) -> BufferPool:
-        """One that is idle and has the size, else a new one in the memory of those that are idle."""
-        for number, (size, pool) in enumerate(self._idle):
-            if size == (slot_bytes, count):
-                del self._idle[number]
-                return pool
-        self._idle.clear()
-        pool = BufferPool(pinned=self.device.type == "cuda")
-        pool.configure(slot_bytes, count)
-        return pool
+    def _drop_spare_but(self, slot_bytes: int) -> None:
+        """Free the memory of spare buffers of another size."""
+        self._spare = [buffer for buffer in self._spare if buffer.numel() == slot_bytes]

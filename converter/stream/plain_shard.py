@@ -22,9 +22,7 @@ _SLOT_BYTES = 8 * 1024 * 1024
 _SLOTS = 6
 
 
-def stream_plain(
-    shard: PlainShard, source: SourceFile, dtype: str, pool: BufferPool, hasher: Hasher
-) -> Iterator[torch.Tensor]:
+def stream_plain(shard: PlainShard, source: SourceFile, dtype: str, hasher: Hasher) -> Iterator[torch.Tensor]:
     """Yield the data of the shard's output file in pieces, uint8 [n], each valid until the next one is taken.
 
     dtype: of the weights, as safetensors spells it. hasher: fed the whole source file in file order. Raises
@@ -35,12 +33,13 @@ def stream_plain(
     extents = [(i, t.start, t.nbytes, _unit(t, shard.format_of(t))) for i, t in enumerate(tensors)]
     slot_bytes = max(_SLOT_BYTES, *(unit for _, _, _, unit in extents), 1)
     slots = cut(extents, slot_bytes)
-    pool.configure(slot_bytes, _SLOTS)
     fd = open_for_reading(source.path, source.where)
     try:
         _hash_header(fd, shard, hasher)
         spans = [(data_start + slot.start, data_start + slot.stop) for slot in slots]
-        with closing(SpanReader(fd, spans, pool, where=source.where, hasher=hasher)) as reader:
+        with closing(
+            SpanReader(fd, spans, BufferPool(slot_bytes, _SLOTS), where=source.where, hasher=hasher)
+        ) as reader:
             for slot in slots:
                 span = reader.next()
                 for segment in slot.segments:

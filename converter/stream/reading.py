@@ -7,9 +7,10 @@ where it is read again.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -27,30 +28,25 @@ class Hasher(Protocol):
 
 
 class BufferPool:
-    """At most `count` buffers of `slot_bytes` bytes each, allocated when first needed and reused across files."""
+    """At most `count` buffers of `slot_bytes` bytes each: those of `spare`, and new ones when first needed."""
 
-    def __init__(self, *, pinned: bool = False) -> None:
-        self._pinned = pinned
-        self._slot_bytes = self._count = self._allocated = 0
-        self._free: list[torch.Tensor] = []
-
-    def configure(self, slot_bytes: int, count: int) -> None:
-        """Set the size; buffers of another size are dropped. All buffers must have been given back."""
-        if (slot_bytes, count) != (self._slot_bytes, self._count):
-            self._slot_bytes, self._count, self._allocated = slot_bytes, count, 0
-            self._free = []
+    def __init__(
+        self, slot_bytes: int, count: int, *, spare: Iterable[torch.Tensor] = (), pinned: bool = False
+    ) -> None:
+        self.free = list(itertools.islice(spare, count))
+        self._slot_bytes, self._left, self._pinned = slot_bytes, count - len(self.free), pinned
 
     def take(self) -> torch.Tensor | None:
         """A uint8 [slot_bytes] buffer, or None while all are in use."""
-        if self._free:
-            return self._free.pop()
-        if self._allocated == self._count:
+        if self.free:
+            return self.free.pop()
+        if not self._left:
             return None
-        self._allocated += 1
+        self._left -= 1
         return torch.empty(self._slot_bytes, dtype=torch.uint8, device="cpu", pin_memory=self._pinned)
 
     def give_back(self, buffer: torch.Tensor) -> None:
-        self._free.append(buffer)
+        self.free.append(buffer)
 
 
 class Span:

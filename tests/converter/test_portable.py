@@ -83,8 +83,7 @@ for size in (0, 1, 4096, 4097, S + 1, len(data)):
     print(size, digest)
 
 spans = [(i, min(i + 65536, len(data))) for i in range(0, len(data), 65536)]
-pool = reading.BufferPool()
-pool.configure(65536, 9)
+pool = reading.BufferPool(65536, 9)
 fd = reading.open_for_reading(folder / str(len(data)), "x")
 with contextlib.closing(reading.SpanReader(fd, spans, pool, where="x", threads=8)) as reader:
     for start, stop in spans:

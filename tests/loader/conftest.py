@@ -17,3 +17,12 @@ def _default_dtype() -> Iterator[None]:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param, 0) if request.param == "cuda" else torch.device("cpu")
+
+
+@pytest.fixture
+def poisoned(device: torch.device) -> None:
+    """Memory that the next results are likely to get is full of NaN: an element that nobody writes is seen."""
+    if device.type == "cuda":
+        sizes = [1 << power for power in range(9, 27)] * 3
+        held = [torch.full((size,), float("nan"), device=device) for size in sizes]
+        del held

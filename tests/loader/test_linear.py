@@ -213,6 +213,33 @@ def test_long_sums_of_few_tokens_take_a_bias(n: int, k: int, block: Block) -> No
         assert_close(layer(x), reference(layer, x))
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+@pytest.mark.parametrize("mode", ["w8a8", "storage"])
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+@pytest.mark.parametrize("tokens", [1, 7, 256, 4352, 32760])
+@pytest.mark.parametrize("k", [3840, 1360, 1250])
+def test_as_many_tokens_as_models_have(device: torch.device, mode: str, block: Block, tokens: int, k: int) -> None:
+    """A token of zeros, one with an outlier, one with a NaN; K a multiple of 128, of 16, of neither."""
+    layer = fp8_twin(plain(528, k, device), mode, block)
+    x = torch.randn(tokens, k, device=device, dtype=torch.bfloat16)
+    x[0, 11] = 3000
+    if tokens > 1:
+        x[-1], x[-2, k - 1] = 0, float("nan")
+    out = layer(x)
+    quantized = mode == "w8a8" and tokens > 16 and layer.product_on(device).product != "dequantize"
+    good = [i for i in range(tokens) if i != tokens - 2]
+    if quantized:
+        expected = reference(layer, x[good])
+    else:
+        expected = x[good].double() @ dequantized_twin(plain(528, k, device), layer).weight.double().t()
+        expected += layer.bias.double()
+    assert_close(out[good], expected)
+    if tokens > 1:
+        assert torch.equal(out[-1], layer.bias)
+        assert bool(out[-2].isnan().all())
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="Hopper")
 @pytest.mark.parametrize("rows", [1, 3, 257])

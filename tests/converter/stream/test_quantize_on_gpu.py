@@ -43,6 +43,15 @@ def test_cuda_bytes_equal_cpu_bytes(name: str, dtype: torch.dtype, options: dict
     assert verify(tmp_path / "cuda").ok
 
 
+@pytest.mark.parametrize("options", [{}, {"weight_block_size": (32, 48)}], ids=["tensor", "block"])
+def test_shards_under_way_share_the_device(options: dict[str, Any], tmp_path: Path) -> None:
+    source = saved("z_image", max_shard_size="300KB")
+    convert(source, tmp_path / "cpu", device="cpu", shards=1, **options)
+    for shards in (1, 2, 4, 8):
+        convert(source, tmp_path / str(shards), device="cuda", shards=shards, workers=shards, **options)
+        assert digests(tmp_path / str(shards)) == digests(tmp_path / "cpu")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("scale", [1.0, 3e-5, 2.0**-126, 7.7e30])
 def test_every_code_on_cuda(dtype: torch.dtype, scale: float) -> None:

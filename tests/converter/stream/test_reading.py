@@ -7,6 +7,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import torch
 
 from fp8_convert.converter.stream.reading import BufferPool, SpanReader, open_for_reading, read_exactly
 from fp8_convert.converter.telling.errors import ConvertError
@@ -25,9 +26,7 @@ def fd(tmp_path: Path) -> Iterator[int]:
 
 
 def pool_of(count: int) -> BufferPool:
-    pool = BufferPool()
-    pool.configure(64, count)
-    return pool
+    return BufferPool(64, count)
 
 
 def count_free(pool: BufferPool) -> int:
@@ -144,18 +143,14 @@ def test_a_pool_reuses_its_buffers() -> None:
     assert pool.take() is a
     pool.give_back(a)
     pool.give_back(b)
-    pool.configure(64, 2)
-    again = pool.take()
-    assert again is a or again is b
+    following = BufferPool(64, 3, spare=pool.free)
+    buffers = [following.take() for _ in range(4)]
+    assert {id(buffer) for buffer in buffers} >= {id(a), id(b)}
+    assert [buffer is None for buffer in buffers] == [False, False, False, True]
 
 
-def test_a_pool_of_another_size() -> None:
-    pool = pool_of(2)
-    buffer = pool.take()
-    assert buffer is not None
-    pool.give_back(buffer)
-    pool.configure(128, 1)
-    larger = pool.take()
-    assert larger is not None
-    assert larger.numel() == 128
+def test_a_pool_takes_no_more_spare_buffers_than_it_may_have() -> None:
+    pool = BufferPool(64, 1, spare=[torch.empty(64, dtype=torch.uint8) for _ in range(3)])
+    assert len(pool.free) == 1
+    assert pool.take() is not None
     assert pool.take() is None
