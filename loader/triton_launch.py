@@ -18,7 +18,6 @@ def launch(
     tensors: tuple[Tensor, ...],
     *rest: int,
     warps: int = 4,
-    stages: int = 3,
 ) -> None:
     """Runs `kernel` over `tensors` (all on one device) and `rest`.
 
@@ -28,14 +27,14 @@ def launch(
     device = tensors[0].get_device()
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return launch(kernel, facts, grid, tensors, *rest, warps=warps, stages=stages)
+            return launch(kernel, facts, grid, tensors, *rest, warps=warps)
     aligned = True
     for tensor in tensors:
         aligned = aligned and not tensor.data_ptr() % 16
     key = (kernel.fn, device, facts, aligned)
     made = _compiled.get(key)
     if made is None:
-        _compiled[key] = kernel[grid](*tensors, *rest, num_warps=warps, num_stages=stages)
+        _compiled[key] = kernel[grid](*tensors, *rest, num_warps=warps)
     else:
         made[grid](*tensors, *rest, stream=current_stream(device))
 

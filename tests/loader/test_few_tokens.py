@@ -1,14 +1,17 @@
 """Few tokens times an E4M3 weight: float64 references, inputs of every kind, and the operator as torch checks one."""
 
+import re
+
 import pytest
 import torch
 from layers import BLOCKS, Block, dequantized_twin, fp8_twin
 from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 
 from fp8_convert.loader import few_tokens
 from fp8_convert.loader.weights import Fp8Weight
 
-TOKENS = [1, 2, 7, 16, 17, 33, 64]
+TOKENS = [1, 2, 7, 16, 17, 33, 64, 100, 128, 256]
 # N and K: multiples of nothing, a long sum, an edge in both block directions.
 SIZES = [(256, 512), (1000, 1250), (48, 4096), (130, 257), (8, 16)]
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 1e-3}
@@ -103,3 +106,56 @@ def test_layers_use_it_compiled_and_not(mode: str, block: Block) -> None:
     assert torch.equal(torch.compile(layer, fullgraph=True)(x), out)
     many = torch.randn(1, 300, 512, device=device, dtype=torch.bfloat16)
     assert layer(many).shape == (1, 300, 256)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [(256, 4096), (3584, 3584), (9000, 1250)], ids=str)
+def test_divided_sums_have_the_same_bits_wherever_they_run(size: tuple[int, int]) -> None:
+    """Again, on two streams at once, in a CUDA graph that is replayed, and in a graph of compiled code."""
+    device = torch.device("cuda", 0)
+    layer = layer_of(*size, None, device, torch.bfloat16)
+    x = torch.randn(9, size[1], device=device, dtype=torch.bfloat16)
+    expected = multiply(layer, x)
+    assert torch.equal(multiply(layer, x), expected)
+    streams = [torch.cuda.Stream(device), torch.cuda.Stream(device)]
+    torch.cuda.synchronize()
+    found: list[Tensor] = []
+    for _ in range(50):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(multiply(layer, x))
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, expected) for out in found)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        first = multiply(layer, x)
+        second = multiply(layer, x + 0)
+    for _ in range(3):
+        first.zero_()
+        second.zero_()
+        graph.replay()
+        assert torch.equal(first, expected)
+        assert torch.equal(second, expected)
+    torch._dynamo.reset()
+    compiled = torch.compile(multiply, fullgraph=True, dynamic=True)
+    for tokens in (9, 5, 3):
+        assert torch.equal(compiled(layer, x[:tokens]), expected[:tokens])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+def test_compiled_code_copies_nothing(block: Block, bias: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """torch understands what the kernel writes; otherwise it copies every weight before each call."""
+    device = torch.device("cuda", 0)
+    layer = layer_of(256, 512, block, device, torch.bfloat16, bias)
+    torch._dynamo.reset()
+    compiled = torch.compile(multiply, fullgraph=True, dynamic=False)
+    for tokens in (1, 2, 40, 100):
+        x = torch.randn(tokens, 512, device=device, dtype=torch.bfloat16)
+        expected = multiply(layer, x)  # torch knows of the operator from here on
+        out, code = run_and_get_code(compiled, layer, x)
+        assert torch.equal(out, expected)
+        assert "_few_tokens" in "".join(code) or "_one_token" in "".join(code)
+        assert not re.findall(r"clone|copy_\(", "".join(code))
+    assert "every input is mutated" not in caplog.text

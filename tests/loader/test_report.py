@@ -134,10 +134,10 @@ def test_linears_that_multiply_their_codes_are_counted() -> None:
     pipe = load_pipeline(converted("z_image"), device="cuda")
     notes = {c.name: c.notes for c in report(pipe).components}
     assert notes["transformer"][0] == (
-        "28 w8a8 linears multiply up to 16 tokens with their codes, without quantising them"
+        "28 w8a8 linears multiply up to 32 tokens with their codes, without quantising them"
     )
     assert notes["text_encoder"] == (
-        "10 storage linears multiply up to 64 tokens with their codes, without quantising them",
+        "10 storage linears multiply up to 256 tokens with their codes, without quantising them",
     )
     forced = load_pipeline(converted("z_image"), device="cuda", backend="scaled_mm")
     assert not any("w8a8" in note for c in report(forced).components for note in c.notes)
