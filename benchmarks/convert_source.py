@@ -7,6 +7,7 @@ weights and q, k, v outgrow the converter's window and are read twice); huge-bf1
 """
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import diffusers
@@ -35,14 +36,17 @@ def make_source(kind: str, folder: Path, gigabytes: float = 2.0) -> Path:
     with torch.device("meta"):
         model = cls(**config)
     model = torch.nn.Module.to(model, dtype).to_empty(device="cpu").requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        for piece in parameter.view(-1).split(2**20):  # no float32 copy of a large tensor
-            piece.copy_(torch.randn(piece.shape, generator=generator).mul_(0.02))
+    pieces = [piece for parameter in model.parameters() for piece in parameter.view(-1).split(2**20)]
+    with ThreadPoolExecutor() as pool:  # one thread draws some 100 MB a second
+        list(pool.map(_fill, pieces, range(len(pieces))))
     unfinished = path.with_name("unfinished")
     model.save_pretrained(unfinished, max_shard_size=SHARD)
     unfinished.rename(path)
     return path
+
+
+def _fill(piece: torch.Tensor, seed: int) -> None:
+    piece.copy_(torch.randn(piece.shape, generator=torch.Generator().manual_seed(seed)).mul_(0.02))
 
 
 def _bytes(cls: type, dtype: torch.dtype, layers: int) -> int:

@@ -158,12 +158,16 @@ def text_encoder(rows: list[Row]) -> str:
     for mode in ("eager", "compiled"):
         for tokens in dict.fromkeys(row["tokens"] for row in rows if "tokens" in row):
             bf16, ours = (found(rows, what=what, mode=mode, tokens=tokens) for what in ("bf16", "ours"))
-            line = [f"{tokens}, {mode}", number(bf16, "ms"), number(ours, "ms"), number(ours, "ratio")]
+            line = [f"{tokens}, {mode}", number(bf16, "ms"), number(ours, "ms")]
+            line += [number(ours, "ratio"), number(ours, "busy_ratio")]
             lines.append(line + [number(found(rows, what=p, mode=mode, tokens=tokens), "ratio") for p in peers])
     eager = [found(rows, what=what, mode="eager") for what in ("bf16", "ours", *peers)]
     memory = [number(row, "resident_gb", 1) for row in eager]
-    lines.append(["weights, GB", memory[0], memory[1], "", *memory[2:]])
-    return table(["tokens", "BF16, ms", "FP8, ms", "to BF16", *(f"{peer}, to BF16" for peer in peers)], lines)
+    lines.append(["weights, GB", memory[0], memory[1], "", "", *memory[2:]])
+    return table(
+        ["tokens", "BF16, ms", "FP8, ms", "to BF16", "GPU busy, to BF16", *(f"{peer}, to BF16" for peer in peers)],
+        lines,
+    )
 
 
 def vae(rows: list[Row]) -> str:

@@ -1,7 +1,8 @@
-"""Medians of GPU time, the host's time, and peak memory: what every benchmark here means by them."""
+"""Medians of GPU time, kernels' and the host's time, and peak memory: what every benchmark here means by them."""
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,6 +47,20 @@ def host_microseconds(run: Callable[[], Any], calls: int = 300) -> float:
         found.append((time.perf_counter() - started) / calls * 1e6)
     torch.cuda.synchronize()
     return statistics.median(found)
+
+
+def kernel_times(run: Callable[[], Any]) -> Counter[str]:
+    """Milliseconds of GPU time in one `run`, by the kernel's name."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        run()
+        torch.cuda.synchronize()
+    times: Counter[str] = Counter()
+    for event in found.key_averages():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            times[event.key] += event.self_device_time_total / 1e3
+    return times
 
 
 def peak_gigabytes(run: Callable[[], Any]) -> float:

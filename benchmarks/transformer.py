@@ -24,7 +24,7 @@ import torch
 from gpu_models import decisions, linears_of, make_fp8, random_model
 from linear import gemm_times
 from recording import Recording
-from timing import DEVICE, limited, median, peak_gigabytes
+from timing import DEVICE, kernel_times, limited, median, peak_gigabytes
 from torch import Tensor, nn
 
 from fp8_convert.loader.cuda_graphs import record_blocks
@@ -232,20 +232,6 @@ def uncompile(model: nn.Module) -> None:
     for module in model.modules():
         module._compiled_call_impl = None
     torch._dynamo.reset()
-
-
-def kernel_times(run: Callable[[], Any]) -> Counter[str]:
-    """Milliseconds of GPU time in one `run`, by the kernel's name."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        run()
-        torch.cuda.synchronize()
-    times: Counter[str] = Counter()
-    for event in found.key_averages():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            times[event.key] += event.self_device_time_total / 1e3
-    return times
 
 
 def family(kernel: str) -> str:
