@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from .dequantization import Dequantized, dequantize
     from .importing import import_checkpoint, plan_import_checkpoint
     from .inspection import Inspection, inspect
+    from .jobs.batching import batch
+    from .jobs.job import Job
+    from .jobs.outcome import Batch, Outcome
     from .plan.manifest import Manifest, load_manifest
     from .plan.manifest_check import ManifestCheck, check_manifest
     from .plan.plan import Plan
@@ -20,19 +23,23 @@ if TYPE_CHECKING:
     from .verification import Verification, verify
 
 _MODULES = {
+    "Batch": "jobs.outcome",
     "ConvertError": "telling.errors",
     "Dequantized": "dequantization",
     "Fp8Error": "telling.errors",
     "HubAccess": "snapshot.access",
     "Inspection": "inspection",
+    "Job": "jobs.job",
     "Manifest": "plan.manifest",
     "ManifestCheck": "plan.manifest_check",
+    "Outcome": "jobs.outcome",
     "Plan": "plan.plan",
     "Push": "pushing",
     "Result": "conversion",
     "ResumableError": "telling.errors",
     "SettingsError": "telling.errors",
     "Verification": "verification",
+    "batch": "jobs.batching",
     "check_manifest": "plan.manifest_check",
     "convert": "conversion",
     "dequantize": "dequantization",
@@ -46,19 +53,23 @@ _MODULES = {
 }
 
 __all__ = [
+    "Batch",
     "ConvertError",
     "Dequantized",
     "Fp8Error",
     "HubAccess",
     "Inspection",
+    "Job",
     "Manifest",
     "ManifestCheck",
+    "Outcome",
     "Plan",
     "Push",
     "Result",
     "ResumableError",
     "SettingsError",
     "Verification",
+    "batch",
     "check_manifest",
     "convert",
     "dequantize",

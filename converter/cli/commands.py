@@ -17,6 +17,7 @@ from ..plan.recipe import ACTIVATION_SCHEMES, tool_version
 from ..plan.refused import PlanRefusedError
 from ..snapshot.access import HubAccess
 from ..targets.choosing import TARGETS
+from .batch import batch_command
 from .options import (
     compact_option,
     hub_options,
@@ -33,8 +34,8 @@ from .session import errors, progress_of
 # What a command does is imported in it: PyTorch takes seconds, and help and first words should not.
 
 _COMMANDS = (
-    "convert", "inspect", "verify", "compare", "sensitivity", "calibrate", "push", "dequantize", "import", "manifests",
-    "demo",
+    "convert", "batch", "inspect", "verify", "compare", "sensitivity", "calibrate", "push", "dequantize", "import",
+    "manifests", "demo",
 )  # fmt: skip
 
 
@@ -74,7 +75,7 @@ def main() -> None:
     """FP8 checkpoints for diffusion pipelines."""
 
 
-for _command in (compare_command, sensitivity_command, calibrate_command):
+for _command in (batch_command, compare_command, sensitivity_command, calibrate_command):
     main.add_command(_command)
 
 

@@ -12,6 +12,8 @@ _MOST_WORKERS = 16  # by then reading, hashing and writing are the limit
 _MOST_SHARDS = 8
 _CORES_PER_SHARD = 2  # it hashes what it reads and what it writes, a thread each, and converts in others
 _BYTES_PER_SHARD = 150 * 1024 * 1024
+_BYTES_OF_IMPORTS = 1024 * 1024 * 1024  # PyTorch with CUDA, diffusers and transformers
+_BYTES_OVER_IMPORTS = 300 * 1024 * 1024  # with one shard under way
 _SHARE_OF_MEMORY = 4  # one part in so many is for the shards under way
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
 
@@ -31,9 +33,19 @@ def capacity(work: Work, *, ahead: bool, cores: int | None = None, memory: int |
     """
     cores = cores or available_cores()
     memory = memory or total_memory()
-    fitting = min(cores // _CORES_PER_SHARD, memory // _SHARE_OF_MEMORY // _BYTES_PER_SHARD, _MOST_SHARDS)
-    shards = (work.shards or max(1, fitting)) if ahead else 1
+    fitting = max(1, min(shards_for(cores), memory // _SHARE_OF_MEMORY // _BYTES_PER_SHARD))
+    shards = (work.shards or fitting) if ahead else 1
     return Capacity(shards, work.workers or min(cores, _MOST_WORKERS))
+
+
+def shards_for(cores: int) -> int:
+    """Shards under way that so many cores are enough for."""
+    return max(1, min(cores // _CORES_PER_SHARD, _MOST_SHARDS))
+
+
+def memory_bound(shards: int) -> int:
+    """Bytes of memory that a process which converts takes at most, whatever the model's size; 0 shards: which plans."""
+    return _BYTES_OF_IMPORTS + (_BYTES_OVER_IMPORTS + (shards - 1) * _BYTES_PER_SHARD if shards else 0)
 
 
 def available_cores() -> int:

@@ -16,7 +16,7 @@ import fp8_convert
 
 PACKAGE = Path(fp8_convert.__file__).parent
 # Each may import those before it, and modules of its own floor.
-FLOORS = ("telling", "format", "snapshot", "targets", "plan", "stream", "output", "checks", "doors", "cli")
+FLOORS = ("telling", "format", "snapshot", "targets", "plan", "stream", "output", "checks", "doors", "jobs", "cli")
 # Modules at the converter's root.
 DOORS = ("conversion", "verification", "inspection", "dequantization", "importing", "pushing", "finished", "tiny")
 

@@ -1,0 +1,256 @@
+"""Batches on real Ray, on this machine: outputs, planted failures, killed workers and heads, what tasks declare."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from pipelines import copied, saved
+from test_batching import job, jsonl, tree
+
+from fp8_convert.converter import ConvertError, batch, convert, verify
+from fp8_convert.converter.jobs import on_ray
+from fp8_convert.converter.jobs.on_ray import Need
+from fp8_convert.converter.output.capacity import memory_bound
+
+CLI = [sys.executable, "-W", "ignore", "-c", "from fp8_convert.converter.cli.commands import main; main()"]
+RAY = Path(sys.executable).with_name("ray")
+WAIT_S = 120
+
+
+@pytest.fixture(name="environment")
+def _environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A home folder of its own, where Ray keeps its token."""
+    home = tmp_path_factory.mktemp("home")
+    own = {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_gcs_rpc_server_reconnect_timeout_s": "5"}  # not a minute
+    return {**os.environ, **own}
+
+
+def wait_for(what: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
+    end = time.monotonic() + WAIT_S
+    while time.monotonic() < end:
+        if found := what():
+            return found
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    raise AssertionError("it did not come to pass")
+
+
+def stopped_writer_of(folder: Path) -> psutil.Process | None:
+    """The worker that writes below `folder`, stopped; None if there is none."""
+    for process in psutil.process_iter(["cmdline"]):
+        if not (process.info["cmdline"] or [""])[0].startswith("ray::_in_folder"):
+            continue
+        process.suspend()
+        if any(Path(file.path).is_relative_to(folder) for file in process.open_files()):
+            return process
+        process.resume()
+    return None
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"compact": True},
+    {"weight_block_size": [16, 16]},
+    {"max_shard_size": "2MB"},
+    {"components": ["text_encoder"]},
+    {"components": ["transformer"]},
+    {"read_back": True},
+    {"device": "cpu", "workers": 2},
+]
+
+
+def large(folder: Path) -> str:
+    """A source whose conversion takes long enough to be met midway: a tokenizer's file of zeros is carried over."""
+    source = copied(saved("wan22", max_shard_size="100KB"), folder)
+    with open(source / "tokenizer" / "large.json", "wb") as file:
+        file.truncate(400_000_000)
+    return str(source)
+
+
+def test_twenty_jobs_with_failures_and_a_killed_worker(tmp_path: Path, environment: dict[str, str]) -> None:
+    """The summary tells the truth, and outputs have the bytes of single conversions."""
+    damaged = copied(saved("z_image"), tmp_path / "damaged")
+    shard = next((damaged / "transformer").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-10])
+    victim = {"source": large(tmp_path / "large"), "output": "out/victim"}
+    jobs: list[Any] = [victim]
+    for number, settings in enumerate(SETTINGS):
+        jobs += [job(Path("out") / f"z{number}", **settings), job(Path("out") / f"q{number}", "qwen_image", **settings)]
+    planted = [job(Path("out/typo"), compct=True), {"source": str(damaged), "output": "out/damaged"}, "{"]
+    jobs = [*jobs[:5], planted[0], *jobs[5:9], planted[1], *jobs[9:], planted[2]]
+    assert len(jobs) == 20
+    command = [*CLI, "batch", str(jsonl(tmp_path / "jobs.jsonl", *jobs)), "--ray", "--cpus-per-job", "1", "--json"]
+    run = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with run:
+        wait_for((tmp_path / "out" / "victim").exists, run)
+        wait_for(lambda: stopped_writer_of(tmp_path / "out" / "victim"), run).kill()
+        out, err = run.communicate(timeout=WAIT_S)
+    assert run.returncode == 1
+    summary = json.loads(out)
+    assert summary["counts"] == {"converted": 17, "failed": 3}, err
+    assert [one["line"] for one in summary["jobs"]] == [*range(1, 21)]
+    failed = {one["line"]: one["error"] for one in summary["jobs"] if one["status"] == "failed"}
+    assert [*failed] == [6, 11, 20]
+    assert "did you mean 'compact'" in failed[6]
+    assert shard.name in failed[11]
+    assert [one["attempts"] for one in summary["jobs"]] == [2, *[1] * 4, 0, *[1] * 4, 1, *[1] * 8, 0]
+    assert "attempt 1 of 3, to be repeated: failed: line 1" in err
+    assert err.count("/20] ") == 20
+    for stated, told in zip(jobs, summary["jobs"], strict=True):
+        if told["status"] == "failed":
+            continue
+        settings = {key: value for key, value in stated.items() if key not in ("source", "output")}
+        single = convert(stated["source"], tmp_path / "single" / stated["output"], **settings)
+        assert tree(tmp_path / stated["output"]) == tree(single.output)
+        assert told["result"]["snapshot_sha256"] == single.snapshot_sha256
+        assert told["host"] == socket.gethostname()
+        # What the task declared: the process, PyTorch and all, stays below it.
+        assert told["result"]["peak_rss"] <= memory_bound(1)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        Path(one["output"]).name for one in summary["jobs"] if one["status"] == "converted"
+    }
+
+
+@pytest.fixture(name="head")
+def _head(environment: dict[str, str]) -> Iterator[tuple[str, psutil.Process]]:
+    """A Ray cluster of this machine: its address, and the process whose descendants it is."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    subprocess.run([RAY, "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
+    start = [RAY, "start", "--head", "--block", "--num-cpus=2", f"--port={port}", "--include-dashboard=false"]
+    with subprocess.Popen(
+        [*start, "--disable-usage-stats"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as running:
+        assert running.stdout is not None
+        assert any("Ray runtime started" in line for line in running.stdout)
+        yield f"127.0.0.1:{port}", psutil.Process(running.pid)
+        kill_all(psutil.Process(running.pid))
+
+
+def kill_all(head: psutil.Process) -> None:
+    """Kill the head with all that belongs to it, as when its machine is lost."""
+    for process in [*head.children(recursive=True), head]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def test_a_killed_head_leaves_nothing_half_done(
+    tmp_path: Path, environment: dict[str, str], head: tuple[str, psutil.Process]
+) -> None:
+    source = {"source": large(tmp_path / "large")}
+    jobs = jsonl(tmp_path / "jobs.jsonl", *[{**source, "output": f"out/{n}"} for n in range(6)])
+    command = [*CLI, "batch", str(jobs)]
+    run = subprocess.Popen(
+        [*command, "--ray", head[0], "--cpus-per-job", "1"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with run:
+        wait_for(lambda: list(tmp_path.glob("out/*/model_index.json")), run)
+        wait_for(lambda: stopped_writer_of(tmp_path / "out"), run)
+        kill_all(head[1])
+        run.communicate(timeout=WAIT_S)  # Ray ends it
+    assert run.returncode != 0
+    whole = [path.parent for path in tmp_path.glob("out/*/model_index.json")]
+    assert 0 < len(whole) < 6
+    assert all(verify(folder).ok for folder in whole)
+    again = subprocess.run([*command, "--json"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    summary = json.loads(again.stdout)
+    assert summary["counts"] == {"already done": len(whole), "converted": 6 - len(whole)}
+    single = convert(source["source"], tmp_path / "single")
+    assert all(tree(tmp_path / "out" / str(number)) == tree(single.output) for number in range(6))
+
+
+@pytest.fixture(name="disk")
+def _disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 600 MB, where mounting is allowed."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    options = ["-t", "tmpfs", "-o", "size=600m", "tmpfs"]
+    if subprocess.run(["mount", *options, str(mount)], capture_output=True, check=False).returncode:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    yield mount
+    subprocess.run(["umount", "-l", str(mount)], check=True)
+
+
+def test_jobs_that_fill_the_disk_leave_room_for_each_other(
+    tmp_path: Path, environment: dict[str, str], disk: Path
+) -> None:
+    """Each fits alone. At the same time both would meet a full disk midway; one after the other, one is refused."""
+    source = large(tmp_path / "large")
+    jobs = jsonl(tmp_path / "jobs.jsonl", *[{"source": source, "output": name} for name in ("a", "b")])
+    command = [*CLI, "batch", str(jobs), "--ray", "--cpus-per-job", "1", "--json"]
+    run = subprocess.run(command, cwd=disk, env=environment, capture_output=True, text=True, timeout=WAIT_S)
+    summary = json.loads(run.stdout)
+    assert summary["counts"] == {"converted": 1, "failed": 1}, run.stderr
+    for told in summary["jobs"]:
+        output = disk / told["output"]
+        assert told["attempts"] == 1
+        if told["status"] == "converted":
+            assert verify(output).ok
+        else:
+            assert "not enough disk space" in told["error"]
+            assert not output.exists()
+
+
+def test_a_cluster_that_does_not_answer(
+    tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = subprocess.run(
+        [*CLI, "batch", str(jsonl(tmp_path / "jobs.jsonl", job(tmp_path / "a"))), "--ray", "127.0.0.1:1"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+    )
+    assert run.returncode == 1
+    assert "error: No Ray cluster answers at 127.0.0.1:1" in run.stderr
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConvertError, match=r"pip install 'fp8-convert\[ray\]'"):
+        batch([job(tmp_path / "a")], ray=True)
+
+
+def test_what_a_task_declares() -> None:
+    need = Need(cpus=2, memory=10**9, disk=5 * 10**9, gpus=1)
+    assert need.options({"CPU": 8.0}) == {"num_cpus": 2, "memory": 10**9, "num_gpus": 1, "resources": {}}
+    assert need.options({"CPU": 8.0, "disk_mb": 1e5})["resources"] == {"disk_mb": 5000}
+    small, large = {"CPU": 2.0, "memory": 2e9, "GPU": 1.0}, {"CPU": 64.0, "memory": 1e8}
+    assert need.missing([large, small], {}) is None
+    assert need.missing([large], {}) == "2 CPUs, 1.00 GB of memory, 1 GPU"
+    assert need.missing([small], {"disk_mb": 1.0}) == "2 CPUs, 1.00 GB of memory, 1 GPU, 5.00 GB of disk"
+    assert need.missing([{**small, "disk_mb": 6000.0}], {"disk_mb": 6000.0}) is None
+
+
+def test_more_than_any_machine_has_is_refused(tmp_path: Path, environment: dict[str, str]) -> None:
+    jobs = jsonl(tmp_path / "jobs.jsonl", job(tmp_path / "a"))
+    command = [*CLI, "batch", str(jobs), "--ray", "--cpus-per-job", "1000"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=WAIT_S)
+    assert run.returncode == 1
+    assert "error: A job takes 1000 CPUs, " in run.stderr
+    assert "pass --cpus-per-job" in run.stderr
+
+
+def test_a_worker_without_the_folder_says_so(tmp_path: Path) -> None:
+    from fp8_convert.converter.jobs.attempt import plan_job
+    from fp8_convert.converter.jobs.job import Job
+
+    found = on_ray._in_folder(str(tmp_path / "gone"), plan_job, Job(1, "a", "b"), None, None)
+    assert found.status == "failed"
+    assert "share their files" in (found.error or "")
