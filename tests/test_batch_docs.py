@@ -67,3 +67,15 @@ def test_its_commands_and_its_snippet(
         assert all(verify(Path("fp8") / f"finetune-{number}").ok for number in (1, 2, 3))
         exec(compile(snippet, "batch.md", "exec"), {})
     assert capsys.readouterr().out == "True {'already done': 1} []\n"
+
+
+def test_the_page_on_scale_has_the_numbers_of_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(PAGE.parent.parent / "benchmarks")
+    import scale
+
+    text = PAGE.with_name("scale.md").read_text()
+    assert f"takes {scale.cpu_seconds_per_gb():.2f} CPU seconds for each GB" in text
+    assert f"So {scale.LINK_GB_PER_S * scale.cpu_seconds_per_gb():.1f} cores keep up with a link of 10 Gbit/s" in text
+    assert f"<!-- scale -->\n{scale.catalogue()}<!-- end of scale -->" in text
+    for name in ("scale", "tables"):
+        sys.modules.pop(name, None)
