@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from hub_server import running_hub
 from loras import bare_pipeline, linears, pairs, prefixed, write
 from pipelines import copied, saved
@@ -59,10 +60,15 @@ def test_its_commands_and_its_snippet(
         hub.add_repo("me/finetune-2", saved("wan22"))
         hub.move_branch("me/finetune-2", "v2", saved("wan22"))
         for command in commands.splitlines():
-            words = [*CLI, *shlex.split(command)[1:], "--json"]
-            run = subprocess.run([*dict.fromkeys(words)], capture_output=True, text=True, timeout=120)
-            assert run.returncode == 0, run.stderr
-            counts.append(json.loads(run.stdout)["counts"])
+            words = [*dict.fromkeys([*shlex.split(command)[1:], "--json"])]
+            if "--ray" in words:
+                run = subprocess.run([*CLI, *words], capture_output=True, text=True, timeout=120)
+                assert run.returncode == 0, run.stderr
+                counts.append(json.loads(run.stdout)["counts"])
+                continue
+            result = CliRunner().invoke(main, words, catch_exceptions=False)
+            assert result.exit_code == 0, result.output
+            counts.append(json.loads(result.stdout)["counts"])
         assert counts == [{"planned": 3}, {"converted": 3}, {"already done": 3}]
         assert all(verify(Path("fp8") / f"finetune-{number}").ok for number in (1, 2, 3))
         exec(compile(snippet, "batch.md", "exec"), {})

@@ -283,7 +283,8 @@ def push_command(path: Path, repo: str, as_json: bool, quiet: bool, **settings: 
       fp8-convert push qwen-image-fp8 me/qwen-image-fp8 --dry-run
     """
     advice = "run the same command again; what the Hub has is not sent twice"
-    with errors(advice) as stopping, progress_of(stopping, quiet) as progress:
+    # The Hub's client would try to send for a while yet.
+    with errors(advice, at_once=True) as stopping, progress_of(stopping, quiet) as progress:
         from .. import push
 
         pushed = push(path, repo, progress=progress, quiet=quiet, **settings)

@@ -14,12 +14,12 @@ from .stopping import Stopping
 
 
 @contextlib.contextmanager
-def errors(advice: str = "run the same command again") -> Iterator[Stopping]:
+def errors(advice: str = "run the same command again", *, at_once: bool = False) -> Iterator[Stopping]:
     """Errors of the library become one sentence and exit code 1; signals stop cleanly; bugs show their traceback.
 
-    advice: what to do after a signal.
+    advice: what to do after a signal. at_once: a signal ends the process without ado.
     """
-    with Stopping(advice) as stopping:
+    with Stopping(advice, at_once=at_once) as stopping:
         try:
             yield stopping
         except Fp8Error as error:

@@ -14,11 +14,11 @@ _STOPPED = 130  # as shells count an interrupted command
 class Stopping:
     """Turns signals into KeyboardInterrupt, and that into one sentence and exit code 130. A context manager.
 
-    advice: what the user is to do after the stop.
+    advice: what the user is to do after the stop. at_once: there is never anything to clean up.
     """
 
-    def __init__(self, advice: str) -> None:
-        self._advice = advice
+    def __init__(self, advice: str, *, at_once: bool = False) -> None:
+        self._advice, self._at_once = advice, at_once
         self._working = self._stopping = self._too_late = False
         self._before: dict[int, object] = {}
 
@@ -43,7 +43,7 @@ class Stopping:
 
         Before, a signal ends the process at once: an exception could be swallowed in the middle of somebody's import.
         """
-        self._working = True
+        self._working = not self._at_once
 
     def finishing(self) -> None:
         """From now on signals change nothing: the work is as good as done."""

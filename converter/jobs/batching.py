@@ -83,11 +83,13 @@ def _outcomes(jobs: list[Job], place: Place, retries: int, wait_s: float) -> Ite
             attempts[job.line] += 1
             under_way[job.line] = attempts[job.line], number, job
             place.begin(job)
+        if not under_way:  # all that is left was stopped, and is to be tried again later
+            time.sleep(max(0.0, waiting[0][0] - time.monotonic()))
+            continue
         for found in place.finished(_POLL_S):
             tried, number, job = under_way.pop(found.job.line)
             again = found.again and tried <= retries
             if again:
-                heapq.heappush(
-                    waiting, (time.monotonic() + min(_LONGEST_WAIT_S, wait_s * 2 ** (tried - 1)), number, job)
-                )
+                pause = min(_LONGEST_WAIT_S, wait_s * 2 ** (tried - 1))
+                heapq.heappush(waiting, (time.monotonic() + pause, number, job))
             yield replace(found, attempts=tried, again=again)

@@ -62,7 +62,6 @@ class OnRay:
         self._ray = _ray()
         self._cpus, self._dry_run, self._token, self._folder = cpus, dry_run, token, os.getcwd()
         self._under_way: dict[Any, Job] = {}
-        self._planned: set[int] = set()  # lines of jobs whose conversion is under way
         _connect(self._ray, address)
         self._known: Mapping[str, float] = self._ray.cluster_resources()
         self.most = max(_LEAST, 2 * int(self._known.get("CPU", 0)))
@@ -74,7 +73,7 @@ class OnRay:
         self._submit(job, plan_job, Need(1, memory_bound(0)))
 
     def finished(self, seconds: float) -> list[Outcome]:
-        done, _ = self._ray.wait([*self._under_way], num_returns=1, timeout=seconds) if self._under_way else ([], [])
+        done, _ = self._ray.wait([*self._under_way], num_returns=1, timeout=seconds)
         outcomes = [self._outcome(reference) for reference in done]
         return [outcome for outcome in outcomes if outcome is not None]
 
@@ -88,6 +87,11 @@ class OnRay:
         job = self._under_way.pop(reference)
         try:
             outcome: Outcome = self._ray.get(reference)
+        except self._ray.exceptions.RayTaskError as error:  # raised where the worker takes the task up
+            said = (
+                f"its worker could not begin it ({one_clause(error.cause)}); install the same fp8-convert everywhere."
+            )
+            return Outcome(job, "failed", said)
         except self._ray.exceptions.RayError as error:  # its worker was killed, or its machine is gone
             outcome = Outcome(job, "failed", f"its worker was lost ({one_clause(error)}); run again.", again=True)
         if outcome.status != "planned" or self._dry_run:

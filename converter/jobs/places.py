@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -19,7 +18,7 @@ class Place(Protocol):
 
     def begin(self, job: Job) -> None: ...
     def finished(self, seconds: float) -> list[Outcome]:
-        """What came of jobs that were begun, as soon as there is one; none after so long a wait."""
+        """What came of jobs that were begun, as soon as there is one; none after so long a wait. Some are under way."""
         ...
 
     def close(self) -> None:
@@ -40,8 +39,6 @@ class Here:
         self._outcomes.append(self._attempt(job))
 
     def finished(self, seconds: float) -> list[Outcome]:
-        if not self._outcomes:
-            time.sleep(seconds)
         found, self._outcomes = self._outcomes, []
         return found
 

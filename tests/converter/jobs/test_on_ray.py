@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def wait_for(what: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
         if found := what():
             return found
         assert process.poll() is None, process.communicate()
-        time.sleep(0.002)
+        time.sleep(0.02)
     raise AssertionError("it did not come to pass")
 
 
@@ -152,7 +153,7 @@ def test_a_killed_head_leaves_nothing_half_done(
     tmp_path: Path, environment: dict[str, str], head: tuple[str, psutil.Process]
 ) -> None:
     source = {"source": large(tmp_path / "large")}
-    jobs = jsonl(tmp_path / "jobs.jsonl", *[{**source, "output": f"out/{n}"} for n in range(6)])
+    jobs = jsonl(tmp_path / "jobs.jsonl", *[{**source, "output": f"out/{n}"} for n in range(4)])
     command = [*CLI, "batch", str(jobs)]
     run = subprocess.Popen(
         [*command, "--ray", head[0], "--cpus-per-job", "1"],
@@ -163,19 +164,19 @@ def test_a_killed_head_leaves_nothing_half_done(
         text=True,
     )
     with run:
-        wait_for(lambda: list(tmp_path.glob("out/*/model_index.json")), run)
+        wait_for(lambda: list(tmp_path.glob("out/*/fp8_convert.json")), run)
         wait_for(lambda: stopped_writer_of(tmp_path / "out"), run)
         kill_all(head[1])
         run.communicate(timeout=WAIT_S)  # Ray ends it
     assert run.returncode != 0
-    whole = [path.parent for path in tmp_path.glob("out/*/model_index.json")]
-    assert 0 < len(whole) < 6
+    whole = [path.parent for path in tmp_path.glob("out/*/fp8_convert.json")]  # which comes last
+    assert 0 < len(whole) < 4
     assert all(verify(folder).ok for folder in whole)
     again = subprocess.run([*command, "--json"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     summary = json.loads(again.stdout)
-    assert summary["counts"] == {"already done": len(whole), "converted": 6 - len(whole)}
+    assert summary["counts"] == {"already done": len(whole), "converted": 4 - len(whole)}
     single = convert(source["source"], tmp_path / "single")
-    assert all(tree(tmp_path / "out" / str(number)) == tree(single.output) for number in range(6))
+    assert all(tree(tmp_path / "out" / str(number)) == tree(single.output) for number in range(4))
 
 
 @pytest.fixture(name="disk")
@@ -254,3 +255,54 @@ def test_a_worker_without_the_folder_says_so(tmp_path: Path) -> None:
     found = on_ray._in_folder(str(tmp_path / "gone"), plan_job, Job(1, "a", "b"), None, None)
     assert found.status == "failed"
     assert "share their files" in (found.error or "")
+
+
+def test_a_worker_that_lacks_the_code_says_so(tmp_path: Path, environment: dict[str, str]) -> None:
+    """As with another fp8-convert than here: what is to run cannot be imported there."""
+    code = """
+import os, pathlib
+pathlib.Path("other.py").write_text("def attempt(job, token): ...")
+from other import attempt
+from fp8_convert.converter.jobs.job import Job
+from fp8_convert.converter.jobs.on_ray import Need, OnRay
+os.remove("other.py")
+place = OnRay(None, 1, False, None)
+place._submit(Job(1, "a", "b"), attempt, Need(1, 10**8))
+(outcome,) = place.finished(60)
+place.close()
+print(outcome.again, outcome.error)
+"""
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert run.stdout.startswith("False its worker could not begin it ("), run
+    assert "install the same fp8-convert everywhere" in run.stdout
+
+
+def test_ctrl_c_ends_ray_and_leaves_what_can_be_taken_up(tmp_path: Path, environment: dict[str, str]) -> None:
+    jobs = jsonl(tmp_path / "jobs.jsonl", {"source": large(tmp_path / "large"), "output": "out/a"})
+    command = [*CLI, "batch", str(jobs)]
+    run = subprocess.Popen(
+        [*command, "--ray", "--cpus-per-job", "1"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with run:
+        worker = wait_for(lambda: stopped_writer_of(tmp_path / "out"), run)
+        below = psutil.Process(run.pid).children(recursive=True)
+        worker.resume()
+        run.send_signal(signal.SIGINT)
+        _, err = run.communicate(timeout=WAIT_S)
+    assert run.returncode == 130
+    assert "stopped; run the same command again to resume." in err
+    _, alive = psutil.wait_procs(below, timeout=WAIT_S)
+    assert not alive
+    assert not (tmp_path / "out" / "a" / "fp8_convert.json").exists()
+    again = subprocess.run([*command, "--json"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert json.loads(again.stdout)["counts"] == {"converted": 1}
+    assert verify(tmp_path / "out" / "a").ok
