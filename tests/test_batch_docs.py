@@ -83,5 +83,9 @@ def test_the_page_on_scale_has_the_numbers_of_the_benchmark(monkeypatch: pytest.
     assert f"takes {scale.cpu_seconds_per_gb():.2f} CPU seconds for each GB" in text
     assert f"So {scale.LINK_GB_PER_S * scale.cpu_seconds_per_gb():.1f} cores keep up with a link of 10 Gbit/s" in text
     assert f"<!-- scale -->\n{scale.catalogue()}<!-- end of scale -->" in text
+    runs = json.loads((PAGE.parent.parent / "benchmarks" / "results" / "batch-2-cores.json").read_text())
+    one, single, double = (f"{run['seconds']:.1f} s" for run in runs["runs"])
+    assert f"Eight jobs of {runs['source_bytes'] / 1e9:.2f} GB on {runs['machine']['cpus']} cores" in text
+    assert f": {one} in one process, {single} on Ray with one CPU a job, {double} with two" in text
     for name in ("scale", "tables"):
         sys.modules.pop(name, None)

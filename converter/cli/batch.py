@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import sys
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from .options import json_option, quiet_option
 from .session import errors, progress_of
@@ -15,7 +17,17 @@ from .session import errors, progress_of
 _HERE = "here"  # what --ray alone stands for
 
 
-@click.command("batch")
+class _Batch(click.Command):
+    """--ray takes the word after it for an address: say so where that was the file of jobs."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for option, word in itertools.pairwise(args):
+            if option == "--ray" and (word.endswith(".jsonl") or Path(word).is_file()):
+                raise click.UsageError(f"Put {word} before --ray, which takes the word after it for an address.", ctx)
+        return super().parse_args(ctx, args)
+
+
+@click.command("batch", cls=_Batch)
 @click.argument("jobs", type=click.Path(dir_okay=False, path_type=Path), metavar="JOBS.jsonl")
 @click.option(
     "--ray",
@@ -61,13 +73,15 @@ def batch_command(
     where a line of jobs.jsonl is
       {"source": "me/my-finetune", "output": "fp8/my-finetune", "compact": true}
     """
+    if ray is None and click.get_current_context().get_parameter_source("cpus_per_job") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--cpus-per-job says what a job is given on Ray; pass --ray too.")
     with errors("run the same command again to resume") as stopping, progress_of(stopping, quiet) as progress:
         from .. import batch
 
         with contextlib.redirect_stdout(sys.stderr):  # where Ray would print what it has to say of lost workers
             done = batch(
                 jobs,
-                ray=False if ray is None else ray == _HERE or ray,
+                ray=ray == _HERE or ray,
                 cpus_per_job=cpus_per_job,
                 retries=retries,
                 dry_run=dry_run,

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..conversion import convert
+from ..conversion import check_outside, convert
+from ..format.untrusted import check_text, parse_json, read_whole
 from ..output.work import Work
 from ..plan.settings import Settings, unknown_setting
-from ..telling.errors import ConvertError, SettingsError, one_clause
+from ..telling.errors import ConvertError, SettingsError
 
 # What a job may say: all that a conversion may be asked, but how it tells of itself, and secrets.
 KEYS = tuple(name for name in inspect.signature(convert).parameters if name not in ("progress", "quiet", "token"))
 
 _TEXTS = ("source", "output", "revision", "cache_dir", "variant")
+_PATHS = ("source", "output", "cache_dir", "manifest", "input_scales")
 _FLAGS = ("read_back", "stream", "force", "check", "local_files_only")
+_LARGEST_FILE = 256 * 1024 * 1024
+_EXAMPLE = '{"source": "Qwen/Qwen-Image", "output": "qwen-image-fp8"}'
+_BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -35,70 +39,85 @@ class Job:
     settings: Mapping[str, Any] = field(default_factory=dict)
     problem: str | None = None
 
+    def __str__(self) -> str:
+        named = f"line {self.line}" + (f", {self.source}" if self.source else "")
+        return "".join(character if character.isprintable() else "?" for character in named)
+
 
 def read_jobs(given: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) -> list[Job]:
     """The jobs of a JSONL file or of mappings. What is wrong with one is its `problem` and no other's.
 
     Raises ConvertError for a file that cannot be read or has no jobs.
     """
-    jobs = [*(_of_file(Path(given)) if isinstance(given, str | os.PathLike) else _of_mappings(given))]
+    if isinstance(given, str | os.PathLike):
+        jobs = [*_of_file(Path(given))]
+    else:
+        jobs = [_job(line, stated) for line, stated in enumerate(given, 1)]
     if not jobs:
         raise ConvertError(f"{given if isinstance(given, str | os.PathLike) else 'The list'} has no jobs.")
     return [*_apart(jobs)]
 
 
-def _of_mappings(given: Iterable[Mapping[str, Any]]) -> Iterator[Job]:
-    for line, stated in enumerate(given, 1):
-        yield _job(line, stated)
-
-
 def _of_file(path: Path) -> Iterator[Job]:
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise ConvertError(f"{path} cannot be read ({error.strerror}); name a file with a job in each line.") from error
-    for number, line in enumerate(lines, 1):
+    content = read_whole(path, str(path), _LARGEST_FILE).removeprefix(_BOM)
+    for number, line in enumerate(content.splitlines(), 1):
         if not line.strip():
             continue
         try:
-            stated = json.loads(line)
-        except ValueError as error:
-            yield Job(number, "", "", problem=f"it is no JSON ({one_clause(error)}).")
+            stated = parse_json(line, pairs_hook=_without_repeats)
+        except (ValueError, _RepeatedKeyError) as error:
+            yield Job(number, "", "", problem=f"it {error}; a job is such as {_EXAMPLE}.")
             continue
         yield _job(number, stated)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        repeated = next(key for key, _ in pairs if [name for name, _ in pairs].count(key) > 1)
+        raise _RepeatedKeyError(f"says {repeated!r:.80} twice")
+    return found
+
+
+class _RepeatedKeyError(Exception):
+    """Not a ValueError, of which the parser would say that it is no JSON."""
 
 
 def _job(line: int, stated: Any) -> Job:
     if not isinstance(stated, Mapping):
         return Job(line, "", "", problem=f"it is no JSON object, such as {_EXAMPLE}.")
-    source, output = (value if isinstance(value := stated.get(key), str) else "" for key in ("source", "output"))
-    settings = {key: value for key, value in stated.items() if key not in ("source", "output")}
+    # As scripts write it: None is what is not said.
+    said = {key: os.fspath(v) if isinstance(v, os.PathLike) else v for key, v in stated.items() if v is not None}
+    source, output = (value if isinstance(value := said.get(key), str) else "" for key in ("source", "output"))
+    settings = {key: value for key, value in said.items() if key not in ("source", "output")}
     try:
-        _check(stated)
-    except SettingsError as error:
+        _check(said)
+    except ConvertError as error:
         return Job(line, source, output, settings, str(error))
     return Job(line, source, output, settings)
 
 
-_EXAMPLE = '{"source": "Qwen/Qwen-Image", "output": "qwen-image-fp8"}'
-
-
-def _check(stated: Mapping[str, Any]) -> None:
-    """Raise SettingsError for what can be seen to be wrong without a look at the source."""
-    for key, value in stated.items():
+def _check(said: Mapping[str, Any]) -> None:
+    """Raise ConvertError for what can be seen to be wrong without a look at the source."""
+    for key, value in said.items():
         if key == "token":
-            raise SettingsError("a token does not belong into a file; set HF_TOKEN, or pass --token.")
+            raise SettingsError("a token belongs in no file; pass --token, or log in on each machine.")
         if key not in KEYS:
             raise SettingsError(f"{unknown_setting(key, KEYS)}.")
         if key in _TEXTS and not (isinstance(value, str) and value):
             raise SettingsError(f"{key} is {value!r:.80}; use a string.")
+        if isinstance(value, str):
+            check_text(value, f"The {key}")
+        if key in _PATHS and isinstance(value, str) and (value.startswith("~") or "\0" in value):
+            raise SettingsError(f"{key} is {value!r:.80}; no shell reads it: write the path as it is.")
         if key in _FLAGS and not isinstance(value, bool):
             raise SettingsError(f"{key} is {value!r:.80}; use true or false.")
     for key in ("source", "output"):
-        if key not in stated:
+        if key not in said:
             raise SettingsError(f"there is no {key}; a job is such as {_EXAMPLE}.")
-    Settings.among(stated)
-    Work(**{key: stated[key] for key in Work.__dataclass_fields__ if key in stated})
+    Settings.among(said)
+    Work(**{key: said[key] for key in Work.__dataclass_fields__ if key in said})
+    check_outside(Path(said["output"]), said["source"])
 
 
 def _apart(jobs: Iterable[Job]) -> Iterator[Job]:

@@ -11,11 +11,15 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
+import socket
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..output.capacity import memory_bound, shards_for
+from ..plan.recipe import tool_version
 from ..telling.errors import ConvertError, SettingsError, one_clause
 from ..telling.quantities import byte_count, plural
 from .attempt import convert_job, plan_job
@@ -37,22 +41,22 @@ class Need:
     disk: int = 0
     gpus: int = 0
 
-    def options(self, known: Mapping[str, float]) -> dict[str, Any]:
-        """For Ray; of its own resources, those that are `known` in the cluster."""
-        disk = {_DISK: -(-self.disk // 10**6)} if self.disk and _DISK in known else {}
-        return {"num_cpus": self.cpus, "memory": self.memory, "num_gpus": self.gpus, "resources": disk}
+    def options(self, machines: list[Mapping[str, float]]) -> dict[str, Any]:
+        """For Ray. Disk is declared where machines have it, and at most all of one: whether a job, which may be done
+        already, has room is for its conversion to say.
+        """
+        most = max((machine.get(_DISK, 0.0) for machine in machines), default=0.0)
+        disk = min(-(-self.disk // 10**6), int(most))
+        resources = {_DISK: disk} if disk else {}
+        return {"num_cpus": self.cpus, "memory": self.memory, "num_gpus": self.gpus, "resources": resources}
 
-    def missing(self, machines: list[Mapping[str, float]], known: Mapping[str, float]) -> str | None:
-        """What no machine of the cluster has, as a clause; None where one has all of it."""
+    def missing(self, machines: list[Mapping[str, float]]) -> str | None:
+        """What no machine of the cluster has, as a clause; None where one has all of it. Disk is not asked for."""
         wanted = {"CPU": float(self.cpus), "memory": float(self.memory), "GPU": float(self.gpus)}
-        if _DISK in known:
-            wanted[_DISK] = self.disk / 1e6
         if any(all(machine.get(name, 0.0) >= value for name, value in wanted.items()) for machine in machines):
             return None
-        said = [plural(self.cpus, "CPU"), f"{byte_count(self.memory)} of memory"]
-        said += [plural(self.gpus, "GPU")] if self.gpus else []
-        said += [f"{byte_count(self.disk)} of disk"] if _DISK in wanted else []
-        return ", ".join(said)
+        gpus = f", {plural(self.gpus, 'GPU')}" if self.gpus else ""
+        return f"{plural(self.cpus, 'CPU')}, {byte_count(self.memory)} of memory{gpus}"
 
 
 class OnRay:
@@ -63,9 +67,8 @@ class OnRay:
         self._cpus, self._dry_run, self._token, self._folder = cpus, dry_run, token, os.getcwd()
         self._under_way: dict[Any, Job] = {}
         _connect(self._ray, address)
-        self._known: Mapping[str, float] = self._ray.cluster_resources()
-        self.most = max(_LEAST, 2 * int(self._known.get("CPU", 0)))
-        if problem := self._conversion({}, disk=0).missing(self._machines(), {}):
+        self.most = max(_LEAST, 2 * int(self._ray.cluster_resources().get("CPU", 0)))
+        if problem := self._conversion({}, disk=0).missing(self._machines()):
             self.close()
             raise SettingsError(f"A job takes {problem}, which no machine of the cluster has; pass --cpus-per-job.")
 
@@ -91,15 +94,16 @@ class OnRay:
             said = (
                 f"its worker could not begin it ({one_clause(error.cause)}); install the same fp8-convert everywhere."
             )
-            return Outcome(job, "failed", said)
+            return Outcome(job, "failed", said, hosts=(None,))
         except self._ray.exceptions.RayError as error:  # its worker was killed, or its machine is gone
-            outcome = Outcome(job, "failed", f"its worker was lost ({one_clause(error)}); run again.", again=True)
+            said = f"its worker was lost ({one_clause(error)}); run the same command again to resume."
+            return Outcome(job, "failed", said, again=True, hosts=(None,))
         if outcome.status != "planned" or self._dry_run:
             return outcome
         need = self._conversion(job.settings, disk=outcome.result["disk_bytes"])
-        if problem := need.missing(self._machines(), self._known):
-            said = f"it takes {problem}, which no machine of the cluster has; add one, or pass fewer --cpus-per-job."
-            return Outcome(job, "failed", said)
+        if problem := need.missing(self._machines()):
+            said = f"it takes {problem}, which no machine of the cluster has; add one, or let the job ask for less."
+            return replace(outcome, status="failed", error=said, result={})
         self._submit(job, convert_job, need)
         return None
 
@@ -109,22 +113,26 @@ class OnRay:
 
     def _submit(self, job: Job, attempt: Any, need: Need) -> None:
         work = {"workers": self._cpus, "shards": shards_for(self._cpus)} if attempt is convert_job else None
-        task = self._ray.remote(_in_folder).options(max_retries=0, **need.options(self._known))
-        self._under_way[task.remote(self._folder, attempt, job, self._token, work)] = job
+        task = self._ray.remote(_in_folder).options(max_retries=0, **need.options(self._machines()))
+        self._under_way[task.remote(tool_version(), self._folder, attempt, job, self._token, work)] = job
 
     def _machines(self) -> list[Mapping[str, float]]:
         return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
 
 
 def _in_folder(
-    folder: str, attempt: Any, job: Job, token: str | bool | None, work: Mapping[str, Any] | None
+    version: str, folder: str, attempt: Any, job: Job, token: str | bool | None, work: Mapping[str, Any] | None
 ) -> Outcome:
-    """An attempt in a worker, from the folder that paths are relative to."""
+    """An attempt in a worker, from the folder that paths are relative to. version: of who asks for it."""
+    host = socket.gethostname()
+    if version != tool_version():
+        said = f"{host} has fp8-convert {tool_version()}, and this is {version}; install the same one everywhere."
+        return Outcome(job, "failed", said, hosts=(host,))
     try:
         os.chdir(folder)
     except OSError as error:
-        said = f"the worker has no folder {folder} ({error.strerror}); a cluster's machines share their files."
-        return Outcome(job, "failed", said)
+        said = f"{host} has no folder {folder} ({error.strerror}), where this command runs; let machines share it."
+        return Outcome(job, "failed", said, hosts=(host,))
     found: Outcome = attempt(job, token) if work is None else attempt(job, token, work)
     return found
 
@@ -141,15 +149,21 @@ def _ray() -> Any:
 
 def _connect(ray: Any, address: str | None) -> None:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address is None:
-        free = shutil.disk_usage(os.getcwd()).free // 10**6
-        here = {"include_dashboard": False, "object_store_memory": _OBJECTS_BYTES, "resources": {_DISK: free}}
-        ray.init(address="local", **here, **quiet)
-        return
+    before = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=address, **quiet)
+        if address is None:
+            free = shutil.disk_usage(os.getcwd()).free // 10**6
+            here = {"include_dashboard": False, "object_store_memory": _OBJECTS_BYTES, "resources": {_DISK: free}}
+            ray.init(address="local", **here, **quiet)
+        else:
+            ray.init(address=address, **quiet)
     except (ray.exceptions.RayError, ConnectionError, ValueError, RuntimeError, ImportError) as error:
+        if address is None:
+            raise ConvertError(f"Ray does not start here ({one_clause(error)}); run without --ray.") from error
         raise ConvertError(
             f"No Ray cluster answers at {address} ({one_clause(error)}); start one with `ray start --head`, set "
             "RAY_AUTH_MODE=token if it wants Ray's token, or pass --ray alone to start Ray on this machine."
         ) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)  # Ray puts a handler of its own there

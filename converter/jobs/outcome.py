@@ -19,30 +19,32 @@ class Outcome:
     """What came of a job.
 
     error: one sentence, of the last attempt; None unless it failed. again: whether another attempt may do better.
-    attempts: how many there were, none for a job that makes no sense. seconds: of the last. host: whose it was.
-    result: what `convert` tells a script, or of a plan its bytes.
+    hosts: whose each attempt was, None for a worker that was lost; none for a job that makes no sense. seconds: of the
+    last attempt. result: what `convert` tells a script, or of a plan its bytes and notes.
     """
 
     job: Job
     status: Status
     error: str | None = None
     again: bool = False
-    attempts: int = 1
+    hosts: tuple[str | None, ...] = ()
     seconds: float = 0.0
-    host: str | None = None
     result: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def attempts(self) -> int:
+        return len(self.hosts)
 
     def __str__(self) -> str:
         if self.error is not None:
-            source = f", {self.job.source}" if self.job.source else ""
-            return f"failed: line {self.job.line}{source}: {self.error}"
+            return f"failed: {self.job}: {' '.join(self.error.splitlines())}"
         sizes = change(self.result["bytes_before"], self.result["bytes_after"])
         taken = "" if self.status in ("planned", "already done") else f" in {self.seconds:.1f} s"
-        return f"{self.status}: {self.job.source} to {self.job.output}, {sizes}{taken}"
+        return f"{self.status}: {self.job} to {self.job.output}, {sizes}{taken}"
 
     def to_json(self) -> dict[str, Any]:
         stated = {"line": self.job.line, "source": self.job.source, "output": self.job.output, "status": self.status}
-        own = {"error": self.error, "attempts": self.attempts, "seconds": round(self.seconds, 3), "host": self.host}
+        own = {"error": self.error, "attempts": self.attempts, "hosts": self.hosts, "seconds": round(self.seconds, 3)}
         return {**stated, **own, "result": dict(self.result) or None}
 
 

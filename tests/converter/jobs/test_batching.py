@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ def job(output: Path, name: str = "z_image", **settings: Any) -> dict[str, Any]:
     return {"source": str(saved(name)), "output": str(output), **settings}
 
 
-def jsonl(path: Path, *jobs: Any) -> Path:
-    path.write_text("".join(f"{one if isinstance(one, str) else json.dumps(one)}\n" for one in jobs))
+def jsonl(path: Path, *jobs: dict[str, Any] | str | bytes) -> Path:
+    lines = [json.dumps(one) if isinstance(one, dict) else one for one in jobs]
+    path.write_bytes(b"".join((line if isinstance(line, bytes) else line.encode()) + b"\r\n" for line in lines))
     return path
 
 
@@ -56,7 +58,7 @@ def test_outputs_are_those_of_single_conversions(tmp_path: Path) -> None:
     assert done.ok
     assert done.counts == {"converted": 4}
     assert (told.total, told.done) == (4, 4)
-    assert [line[:17] for line in told.lines] == [f"[{n}/4] converted: " for n in range(1, 5)]
+    assert [line[:17] for line in told.lines if line[0] == "["] == [f"[{n}/4] converted: " for n in range(1, 5)]
     for number, some in enumerate(settings):
         single = convert(saved("z_image"), tmp_path / "single" / str(number), **some)
         assert tree(tmp_path / str(number)) == tree(single.output)
@@ -86,18 +88,25 @@ def test_a_bad_job_stops_no_other(tmp_path: Path) -> None:
         job(tmp_path / "h") | {"source": str(damaged)},
         job(tmp_path),
         job(tmp_path / "last"),
+        job(Path("~/i")),
+        job(Path("nul\0")),
+        job(saved("z_image") / "inside"),
+        '{"source": "a", "source": "b", "output": "j"}',
+        "[" * 200_000,
+        '{"source": "a", "output": "\\ud800"}',
+        b'{"source": "\xff"}',
     )
     done = batch(jobs)
     assert not done.ok
-    assert [outcome.job.line for outcome in done.outcomes] == [1, 2, *range(4, 16)]
+    assert [outcome.job.line for outcome in done.outcomes] == [1, 2, *range(4, 23)]
     assert {outcome.job.line for outcome in done.outcomes if outcome.status == "converted"} == {1, 15}
     said = {outcome.job.line: outcome.error for outcome in done.failed}
     for line, what in {
-        2: "is no JSON",
+        2: "is not valid JSON",
         4: "no JSON object",
         5: "there is no output",
         6: "did you mean 'compact'",
-        7: "token does not belong",
+        7: "a token belongs in no file",
         8: "--input-scales",
         9: "use true or false",
         10: "positive number",
@@ -105,12 +114,19 @@ def test_a_bad_job_stops_no_other(tmp_path: Path) -> None:
         12: "nowhere",
         13: shard.name,
         14: "not apart from that of line 1",
+        16: "no shell reads it",
+        17: "no shell reads it",
+        18: "is inside it",
+        19: "says 'source' twice",
+        20: "nested too deeply",
+        21: "half a surrogate pair",
+        22: "not valid JSON in UTF-8",
     }.items():
         assert what in (said[line] or ""), said[line]
     assert "hf_secret" not in str(said)
     assert tree(tmp_path / "last") == tree(tmp_path / "a")
     assert not any((tmp_path / name).exists() for name in "bcdefgh")
-    assert [outcome.attempts for outcome in done.outcomes] == [1, *[0] * 9, 1, 1, 0, 1]
+    assert [outcome.attempts for outcome in done.outcomes] == [1, *[0] * 9, 1, 1, 0, 1, *[0] * 7]
 
 
 def test_what_may_pass_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +148,8 @@ def test_what_may_pass_is_tried_again(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [outcome.attempts for outcome in done.outcomes] == [2, 3, 1]
     assert [outcome.status for outcome in done.outcomes] == ["converted", "failed", "converted"]
     assert done.failed[0].error == "The disk is full."
-    assert sum("to be repeated" in line for line in told.lines) == 3
+    assert sum(line.startswith("attempt ") for line in told.lines) == 3
+    assert done.outcomes[1].hosts == (socket.gethostname(),) * 3
     assert list(done.lines())[1].endswith("(3 attempts)")
     assert tree(tmp_path / "once") == tree(tmp_path / "never")
 
@@ -161,6 +178,17 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     assert done.outcomes[0].result["bytes_before"] == made.bytes_before
 
 
+def test_notes_are_told(tmp_path: Path) -> None:
+    source = copied(saved("z_image"), tmp_path / "source")
+    (source / "old.zip").touch()
+    told = Told()
+    jobs = [{"source": str(source), "output": str(tmp_path / "out")}]
+    for dry_run in (True, False):
+        told.lines.clear()
+        assert "old.zip" in str(batch(jobs, dry_run=dry_run, progress=told).outcomes[0].result["notes"])
+        assert sum("  note: " in line and "old.zip" in line for line in told.lines) == 1, told.lines
+
+
 def test_the_command(tmp_path: Path) -> None:
     jobs = jsonl(tmp_path / "jobs.jsonl", job(tmp_path / "a"), job(tmp_path / "b", compct=True))
     run = CliRunner().invoke(main, ["batch", str(jobs), "--json"])
@@ -178,8 +206,21 @@ def test_the_command(tmp_path: Path) -> None:
     assert run.stderr == ""
 
 
+def test_words_in_the_wrong_place(tmp_path: Path) -> None:
+    jobs = str(jsonl(tmp_path / "jobs.jsonl", job(tmp_path / "a")))
+    for words, what in {
+        ("--ray", jobs): f"Put {jobs} before --ray",
+        (jobs, "--cpus-per-job", "4"): "pass --ray too",
+        (jobs, "--ray", ""): "address of the Ray cluster is empty",
+    }.items():
+        run = CliRunner().invoke(main, ["batch", *words])
+        assert run.exit_code in (1, 2)
+        assert what in " ".join(run.stderr.split())
+    assert not (tmp_path / "a").exists()
+
+
 def test_files_and_arguments_that_mean_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ConvertError, match="cannot be read"):
+    with pytest.raises(ConvertError, match=r"none\.jsonl"):
         batch(tmp_path / "none.jsonl")
     with pytest.raises(ConvertError, match="has no jobs"):
         batch(jsonl(tmp_path / "jobs.jsonl"))
@@ -203,20 +244,29 @@ def test_every_argument_of_a_conversion_is_a_key() -> None:
 
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda some: st.lists(some, max_size=2)
+    st.none() | st.booleans() | st.integers() | st.text(st.characters(), max_size=5),
+    lambda some: st.lists(some, max_size=2),
 )
 
 
-@given(st.lists(st.dictionaries(st.sampled_from([*KEYS, "other"]), VALUES), min_size=1, max_size=4))
-def test_whatever_jobs_say_they_are_read(given_jobs: list[dict[str, Any]]) -> None:
-    """Each is a job, or has a sentence about it."""
+@given(st.lists(st.dictionaries(st.sampled_from([*KEYS, "other"]), VALUES, max_size=2), min_size=1, max_size=4))
+def test_whatever_jobs_say_they_are_read(odd: list[dict[str, Any]]) -> None:
+    """Each is a job, or has a sentence about it: jobs that make sense but for one or two of their values."""
+    given_jobs = [{"source": "a/b", "output": f"out{number}"} | some for number, some in enumerate(odd)]
     jobs = read_jobs(given_jobs)
     assert [one.line for one in jobs] == list(range(1, len(given_jobs) + 1))
     for one, stated in zip(jobs, given_jobs, strict=True):
-        assert one.problem is None or one.problem.endswith((".", "?."))
+        assert str(one).isprintable()
+        assert one.problem is None or one.problem.endswith(".")
         if one.problem is None:
-            assert (one.source, one.output) == (stated["source"], stated["output"])
-            assert {"source": one.source, "output": one.output, **one.settings} == stated
+            said = {key: value for key, value in stated.items() if value is not None}
+            assert {"source": one.source, "output": one.output, **one.settings} == said
+
+
+def test_none_is_not_said_and_paths_are_paths(tmp_path: Path) -> None:
+    (one,) = read_jobs([{"source": tmp_path / "a", "output": tmp_path / "b", "revision": None, "workers": None}])
+    assert (one.problem, one.source, one.settings) == (None, str(tmp_path / "a"), {})
+    assert read_jobs([{"source": "a", "output": None}])[0].problem
 
 
 def test_a_batch_of_one_failure_has_bytes_of_none() -> None:
