@@ -42,7 +42,7 @@ class Fp8Config(QuantizationConfigMixin):  # type: ignore[misc]
             "quant_method": quant_method,
         }
         if unknown:
-            raise SettingsError(f"{unknown_setting(next(iter(unknown)), CONFIG_KEYS)}.")
+            raise SettingsError(unknown_setting(next(iter(unknown)), CONFIG_KEYS))
         if problem := config_problem(given):
             raise SettingsError(f"{problem}.")
         self.quant_method = QuantMethod(quant_method)

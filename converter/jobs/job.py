@@ -103,7 +103,7 @@ def _check(said: Mapping[str, Any]) -> None:
         if key == "token":
             raise SettingsError("a token belongs in no file; pass --token, or log in on each machine.")
         if key not in KEYS:
-            raise SettingsError(f"{unknown_setting(key, KEYS)}.")
+            raise SettingsError(unknown_setting(key, KEYS))
         if key in _TEXTS and not (isinstance(value, str) and value):
             raise SettingsError(f"{key} is {value!r:.80}; use a string.")
         if isinstance(value, str):

@@ -68,7 +68,7 @@ class Settings:
         values = {}
         for key, value in stated.items():
             if key not in names:
-                raise SettingsError(f"{unknown_setting(key, names)}.")
+                raise SettingsError(unknown_setting(key, names))
             try:
                 values[_ALIASES.get(key, key)] = _SETTINGS[key].read(value)
             except _MEANINGLESS:
@@ -123,9 +123,10 @@ def _wrong(key: str, value: Any) -> str:
 
 
 def unknown_setting(key: Any, known: Collection[str]) -> str:
-    """Say, as a clause, that a name is not a setting and what may have been meant."""
+    """The sentence that a name is not a setting, and what may have been meant."""
     near = difflib.get_close_matches(str(key), known, n=1)
-    return f"{key!r:.80} is not a setting; {f'did you mean {near[0]!r}?' if near else 'use one of ' + ', '.join(known)}"
+    advice = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(known)}."
+    return f"{key!r:.80} is not a setting; {advice}"
 
 
 class _Setting(NamedTuple):

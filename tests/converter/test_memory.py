@@ -70,6 +70,13 @@ def write_sparse(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str) 
     return tensors
 
 
+def check_memory(child: str, *arguments: object) -> None:
+    """Run `child`, which prints its peak of memory after its imports and at its end: it stays below the limit."""
+    command = [sys.executable, "-W", "ignore", "-c", child, *map(str, arguments)]
+    imports, peak = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert peak - imports <= LIMIT, f"{(peak - imports) / 2**20:.0f} MiB over imports"
+
+
 _LOADING_CHILD = """
 import sys
 from fp8_convert.converter import plan_conversion
@@ -103,14 +110,7 @@ def test_a_large_file_that_is_only_copied(tmp_path: Path) -> None:
     source = copied(saved("z_image"), tmp_path / "source")
     (source / "tokenizer" / "vocab.txt").touch()
     os.truncate(source / "tokenizer" / "vocab.txt", 2 * LIMIT)  # a sparse file
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _CHILD, source, tmp_path / "out"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    imports, peak = map(int, done.stdout.split())
-    assert peak - imports <= LIMIT, f"{(peak - imports) / 2**20:.0f} MiB over imports"
+    check_memory(_CHILD, source, tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer" / "vocab.txt").stat().st_size == 2 * LIMIT
     shutil.rmtree(tmp_path / "out")
 
@@ -171,14 +171,7 @@ long_run = pytest.mark.skipif("FP8_CONVERT_FAULTS" not in os.environ, reason="a 
 @long_run
 def test_one_file_of_three_gigabytes(three_gigabytes: Path, tmp_path: Path) -> None:
     child = _CHILD.replace("workers=2", 'workers=2, target="comfyui"')
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", child, three_gigabytes, tmp_path / "out"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    imports, peak = map(int, done.stdout.split())
-    assert peak - imports <= LIMIT, f"{(peak - imports) / 2**20:.0f} MiB over imports"
+    check_memory(child, three_gigabytes, tmp_path / "out")
     (output,) = (tmp_path / "out").rglob("*.safetensors")
     written = read_safetensors(output)["blocks.0.ffn.0.weight"]
     assert written[0] == "F8_E4M3"
@@ -188,14 +181,7 @@ def test_one_file_of_three_gigabytes(three_gigabytes: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("block", [pytest.param([], id="tensor"), pytest.param([128, 128], id="block", marks=long_run)])
 def test_three_gigabytes_with_a_tensor_of_one(three_gigabytes: Path, tmp_path: Path, block: list[int]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _CHILD, three_gigabytes, tmp_path / "out", *map(str, block)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    imports, peak = map(int, done.stdout.split())
-    assert peak - imports <= LIMIT, f"{(peak - imports) / 2**20:.0f} MiB over imports"
+    check_memory(_CHILD, three_gigabytes, tmp_path / "out", *block)
     output = tmp_path / "out" / "diffusion_pytorch_model.safetensors"
     written = read_safetensors(output)
     name = "blocks.0.ffn.net.0.proj.weight"
@@ -242,14 +228,7 @@ def test_a_shard_more_under_way_takes_150_megabytes(four_shards: Path, tmp_path:
 def test_one_file_of_many(four_shards: Path, tmp_path: Path) -> None:
     """A component that a target wants in one file, which tensors of all shards go into."""
     child = _CHILD.replace("workers=2", 'workers=2, target="comfyui"')
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", child, four_shards, tmp_path / "out"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    imports, peak = map(int, done.stdout.split())
-    assert peak - imports <= LIMIT, f"{(peak - imports) / 2**20:.0f} MiB over imports"
+    check_memory(child, four_shards, tmp_path / "out")
     (output,) = (tmp_path / "out").rglob("*.safetensors")
     with safe_open(output, "pt") as written:
         assert written.get_slice("blocks.3.ffn.0.weight").get_dtype() == "F8_E4M3"

@@ -257,7 +257,7 @@ def test_whatever_jobs_say_they_are_read(odd: list[dict[str, Any]]) -> None:
     assert [one.line for one in jobs] == list(range(1, len(given_jobs) + 1))
     for one, stated in zip(jobs, given_jobs, strict=True):
         assert str(one).isprintable()
-        assert one.problem is None or one.problem.endswith(".")
+        assert one.problem is None or one.problem.endswith((".", "?"))
         if one.problem is None:
             said = {key: value for key, value in stated.items() if value is not None}
             assert {"source": one.source, "output": one.output, **one.settings} == said

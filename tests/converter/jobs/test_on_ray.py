@@ -40,6 +40,11 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {**os.environ, **own}
 
 
+def begun(command: list[str], folder: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
+
+
 def wait_for(what: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
     end = time.monotonic() + WAIT_S
     while time.monotonic() < end:
@@ -95,9 +100,7 @@ def test_twenty_jobs_with_failures_and_a_killed_worker(tmp_path: Path, environme
     jobs = [*jobs[:5], planted[0], *jobs[5:9], planted[1], *jobs[9:], planted[2]]
     assert len(jobs) == 20
     command = [*CLI, "batch", str(jsonl(tmp_path / "jobs.jsonl", *jobs)), "--ray", "--cpus-per-job", "1", "--json"]
-    run = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    run = begun(command, tmp_path, environment)
     with run:
         wait_for((tmp_path / "out" / "victim").exists, run)
         wait_for(lambda: stopped_writer_of(tmp_path / "out" / "victim"), run).kill()
@@ -158,14 +161,7 @@ def test_a_killed_head_leaves_nothing_half_done(
     source = {"source": large(tmp_path / "large")}
     jobs = jsonl(tmp_path / "jobs.jsonl", *[{**source, "output": f"out/{n}"} for n in range(4)])
     command = [*CLI, "batch", str(jobs)]
-    run = subprocess.Popen(
-        [*command, "--ray", head[0], "--cpus-per-job", "1"],
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    run = begun([*command, "--ray", head[0], "--cpus-per-job", "1"], tmp_path, environment)
     with run:
         wait_for(lambda: list(tmp_path.glob("out/*/fp8_convert.json")), run)
         wait_for(lambda: stopped_writer_of(tmp_path / "out"), run)
@@ -296,14 +292,7 @@ def test_a_signal_ends_ray_and_leaves_what_can_be_taken_up(
 ) -> None:
     jobs = jsonl(tmp_path / "jobs.jsonl", {"source": large(tmp_path / "large"), "output": "out/a"})
     command = [*CLI, "batch", str(jobs)]
-    run = subprocess.Popen(
-        [*command, "--ray", "--cpus-per-job", "1"],
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    run = begun([*command, "--ray", "--cpus-per-job", "1"], tmp_path, environment)
     with run:
         worker = wait_for(lambda: stopped_writer_of(tmp_path / "out"), run)
         below = psutil.Process(run.pid).children(recursive=True)

@@ -138,7 +138,7 @@ def test_layers_that_name_nothing_are_a_wrong_command_line(value: str) -> None:
 
 
 def test_an_unknown_name_suggests_the_nearest() -> None:
-    with pytest.raises(SettingsError, match=r"^'ignored_layer' is not a setting; did you mean 'ignored_layers'\?"):
+    with pytest.raises(SettingsError, match=r"^'ignored_layer' is not a setting; did you mean 'ignored_layers'\?$"):
         load_pipeline(saved("z_image"), device="cpu", quantization_config={"ignored_layer": ["to_q"]})
     with pytest.raises(SettingsError, match=r"^'x' is not a setting; use one of quantization, manifest, "):
         Settings.read({"x": 1})
