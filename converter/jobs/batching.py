@@ -16,7 +16,7 @@ from ..telling.progress import Progress, Silent
 from .attempt import convert_job, plan_job
 from .job import Job, read_jobs
 from .outcome import Batch, Outcome
-from .places import Attempt, Here, Place
+from .places import Here, Place
 
 _LONGEST_WAIT_S = 300.0
 _POLL_S = 1.0
@@ -64,10 +64,10 @@ def batch(
 
 
 class _Words(Silent):
-    """Passes on what a conversion says and not how far it is: the batch's progress counts jobs."""
+    """Passes on what a conversion says, not how far it is nor that it is too late to stop: the batch goes on."""
 
     def __init__(self, told: Progress) -> None:
-        super().__init__(on_finishing=told.finishing)
+        super().__init__()
         self._told = told
 
     def say(self, line: str) -> None:
@@ -76,15 +76,12 @@ class _Words(Silent):
 
 def _place(ray: str | bool | None, cpus: int, dry_run: bool, token: str | bool | None, told: Progress) -> Place:
     if not ray:
-        return Here(partial(plan_job, token=token) if dry_run else _converting(token, told))
+        plan, convert = partial(plan_job, token=token), partial(convert_job, token=token, progress=_Words(told))
+        return Here(plan if dry_run else convert)
     from .on_ray import OnRay
 
     told.say("starting Ray" if ray is True else f"connecting to Ray at {ray}")
     return OnRay(None if ray is True else ray, cpus, dry_run, token)
-
-
-def _converting(token: str | bool | None, told: Progress) -> Attempt:
-    return partial(convert_job, token=token, progress=_Words(told))
 
 
 def _outcomes(jobs: list[Job], place: Place, retries: int, wait_s: float, told: Progress) -> Iterator[Outcome]:

@@ -14,6 +14,7 @@ from ..format.untrusted import check_text, parse_json, read_whole
 from ..output.work import Work
 from ..plan.settings import Settings, unknown_setting
 from ..telling.errors import ConvertError, SettingsError
+from ..telling.notebook import printable
 
 # What a job may say: all that a conversion may be asked, but how it tells of itself, and secrets.
 KEYS = tuple(name for name in inspect.signature(convert).parameters if name not in ("progress", "quiet", "token"))
@@ -40,8 +41,7 @@ class Job:
     problem: str | None = None
 
     def __str__(self) -> str:
-        named = f"line {self.line}" + (f", {self.source}" if self.source else "")
-        return "".join(character if character.isprintable() else "?" for character in named)
+        return printable(f"line {self.line}" + (f", {self.source}" if self.source else ""))
 
 
 def read_jobs(given: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) -> list[Job]:

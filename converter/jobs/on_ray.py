@@ -16,6 +16,7 @@ import socket
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from ..output.capacity import memory_bound, shards_for
@@ -25,6 +26,7 @@ from ..telling.quantities import byte_count, plural
 from .attempt import convert_job, plan_job
 from .job import Job
 from .outcome import Outcome
+from .places import Attempt
 
 _DISK = "disk_mb"  # Ray counts in whole numbers
 _LEAST = 64  # jobs under way on a small cluster: the next ones are planned while some are converted
@@ -73,7 +75,7 @@ class OnRay:
             raise SettingsError(f"A job takes {problem}, which no machine of the cluster has; pass --cpus-per-job.")
 
     def begin(self, job: Job) -> None:
-        self._submit(job, plan_job, Need(1, memory_bound(0)))
+        self._submit(job, partial(plan_job, token=self._token), Need(1, memory_bound(0)))
 
     def finished(self, seconds: float) -> list[Outcome]:
         done, _ = self._ray.wait([*self._under_way], num_returns=1, timeout=seconds)
@@ -104,25 +106,23 @@ class OnRay:
         if problem := need.missing(self._machines()):
             said = f"it takes {problem}, which no machine of the cluster has; add one, or let the job ask for less."
             return replace(outcome, status="failed", error=said, result={})
-        self._submit(job, convert_job, need)
+        work = {"workers": self._cpus, "shards": shards_for(self._cpus)}
+        self._submit(job, partial(convert_job, token=self._token, work=work), need)
         return None
 
     def _conversion(self, settings: Mapping[str, Any], disk: int) -> Need:
         shards = settings.get("shards") or shards_for(self._cpus)
         return Need(self._cpus, memory_bound(shards), disk, int(settings.get("device") == "cuda"))
 
-    def _submit(self, job: Job, attempt: Any, need: Need) -> None:
-        work = {"workers": self._cpus, "shards": shards_for(self._cpus)} if attempt is convert_job else None
+    def _submit(self, job: Job, attempt: Attempt, need: Need) -> None:
         task = self._ray.remote(_in_folder).options(max_retries=0, **need.options(self._machines()))
-        self._under_way[task.remote(tool_version(), self._folder, attempt, job, self._token, work)] = job
+        self._under_way[task.remote(tool_version(), self._folder, attempt, job)] = job
 
     def _machines(self) -> list[Mapping[str, float]]:
         return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
 
 
-def _in_folder(
-    version: str, folder: str, attempt: Any, job: Job, token: str | bool | None, work: Mapping[str, Any] | None
-) -> Outcome:
+def _in_folder(version: str, folder: str, attempt: Attempt, job: Job) -> Outcome:
     """An attempt in a worker, from the folder that paths are relative to. version: of who asks for it."""
     host = socket.gethostname()
     if version != tool_version():
@@ -133,8 +133,7 @@ def _in_folder(
     except OSError as error:
         said = f"{host} has no folder {folder} ({error.strerror}), where this command runs; let machines share it."
         return Outcome(job, "failed", said, hosts=(host,))
-    found: Outcome = attempt(job, token) if work is None else attempt(job, token, work)
-    return found
+    return attempt(job)
 
 
 def _ray() -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..telling.notebook import html_table, one_line
+from ..telling.notebook import html_table, one_line, printable
 from ..telling.quantities import change, plural
 from .job import Job
 
@@ -37,10 +37,10 @@ class Outcome:
 
     def __str__(self) -> str:
         if self.error is not None:
-            return f"failed: {self.job}: {' '.join(self.error.splitlines())}"
+            return f"failed: {self.job}: {printable(self.error)}"
         sizes = change(self.result["bytes_before"], self.result["bytes_after"])
         taken = "" if self.status in ("planned", "already done") else f" in {self.seconds:.1f} s"
-        return f"{self.status}: {self.job} to {self.job.output}, {sizes}{taken}"
+        return f"{self.status}: {self.job} to {printable(self.job.output)}, {sizes}{taken}"
 
     def to_json(self) -> dict[str, Any]:
         stated = {"line": self.job.line, "source": self.job.source, "output": self.job.output, "status": self.status}

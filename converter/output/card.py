@@ -17,6 +17,7 @@ from urllib.parse import quote
 from ..format import layout
 from ..format.reader import as_json
 from ..format.record import Record, RecordedComponent, RecordedDecision
+from ..telling.notebook import printable
 from ..telling.quantities import byte_count, change, parameter_count, plural
 
 MAX_CARD_BYTES = 4 * 1024 * 1024
@@ -325,13 +326,9 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 def _text(text: str) -> str:
     """Text that has no meaning in Markdown or HTML."""
-    return re.sub(r"([\\`*\[\]<>|~&])", r"\\\1", _printable(text))
+    return re.sub(r"([\\`*\[\]<>|~&])", r"\\\1", printable(text))
 
 
 def _code(text: str) -> str:
     """Text between backticks in a table's cell."""
-    return _printable(text).replace("`", "'").replace("|", "\\|")
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else " " for c in text)
+    return printable(text).replace("`", "'").replace("|", "\\|")

@@ -29,7 +29,7 @@ class Brief:
 
 def one_line(result: object, text: str) -> str:
     """`<Class text>`, short and printable whatever is in the text."""
-    return f"<{type(result).__name__} {_cut(_printable(text), _LINE - 50)}>"
+    return f"<{type(result).__name__} {_cut(printable(text), _LINE - 50)}>"
 
 
 def html_table(
@@ -57,7 +57,7 @@ def _row(tag: str, cells: Iterable[object]) -> str:
 
 def escaped(value: object) -> str:
     """A value as text for HTML or SVG: short, printable, without markup."""
-    return html.escape(_cut(_printable("" if value is None else str(value)), _LINE))
+    return html.escape(_cut(printable("" if value is None else str(value)), _LINE))
 
 
 def _brief(value: object) -> str:
@@ -78,7 +78,8 @@ def _brief(value: object) -> str:
     return f"<{type(value).__name__}{f' {_brief(name)}' if name else ''}>"
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """Text without what moves a terminal's cursor or breaks a line."""
     return "".join(c if c.isprintable() else " " for c in text)
 
 

@@ -16,7 +16,6 @@ import torch
 from diffusers import WanTransformer3DModel
 from pipelines import copied, saved
 from reference import read_safetensors
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fp8_convert.converter.format.header import TensorInfo, encode_header
@@ -168,7 +167,6 @@ def test_dry_runs_of_hostile_sources(tmp_path: Path) -> None:
 long_run = pytest.mark.skipif("FP8_CONVERT_FAULTS" not in os.environ, reason="a minute more: runs in `make faults`")
 
 
-@long_run
 def test_one_file_of_three_gigabytes(three_gigabytes: Path, tmp_path: Path) -> None:
     child = _CHILD.replace("workers=2", 'workers=2, target="comfyui"')
     check_memory(child, three_gigabytes, tmp_path / "out")
@@ -213,7 +211,7 @@ def four_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_shard_more_under_way_takes_150_megabytes(four_shards: Path, tmp_path: Path) -> None:
     over_imports = {}
-    for shards in (1, 4):
+    for shards in (1, 2, 4):
         child = _CHILD.replace("shards=1", f"shards={shards}")
         command = [sys.executable, "-W", "ignore", "-c", child, str(four_shards), str(tmp_path / "out")]
         imports, peak = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
@@ -221,18 +219,9 @@ def test_a_shard_more_under_way_takes_150_megabytes(four_shards: Path, tmp_path:
         shutil.rmtree(tmp_path / "out")
     found = {shards: f"{size / 2**20:.0f} MiB" for shards, size in over_imports.items()}
     assert over_imports[1] <= LIMIT, found
-    assert over_imports[4] <= over_imports[1] + 3 * 150 * 2**20, found
+    for shards in (2, 4):
+        assert over_imports[shards] <= over_imports[1] + (shards - 1) * 150 * 2**20, found
     assert over_imports[4] > over_imports[1] + 100 * 2**20, f"they were not under way together: {found}"
-
-
-def test_one_file_of_many(four_shards: Path, tmp_path: Path) -> None:
-    """A component that a target wants in one file, which tensors of all shards go into."""
-    child = _CHILD.replace("workers=2", 'workers=2, target="comfyui"')
-    check_memory(child, four_shards, tmp_path / "out")
-    (output,) = (tmp_path / "out").rglob("*.safetensors")
-    with safe_open(output, "pt") as written:
-        assert written.get_slice("blocks.3.ffn.0.weight").get_dtype() == "F8_E4M3"
-    output.unlink()
 
 
 _IMPORTING_CHILD = """

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,16 @@ from fp8_convert.converter.cli.commands import main
 from fp8_convert.converter.jobs.job import KEYS, read_jobs
 from fp8_convert.converter.output.writing import sha256_at
 from fp8_convert.converter.telling.progress import Silent
+
+CLI = [sys.executable, "-W", "ignore", "-c", "from fp8_convert.converter.cli.commands import main; main()"]
+
+
+def large(folder: Path) -> str:
+    """A source whose conversion takes long enough to be met midway: a tokenizer's file of zeros is carried over."""
+    source = copied(saved("wan22", max_shard_size="100KB"), folder)
+    with open(source / "tokenizer" / "large.json", "wb") as file:
+        file.truncate(200_000_000)
+    return str(source)
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -204,6 +218,24 @@ def test_the_command(tmp_path: Path) -> None:
     assert "1 job in " in run.stdout
     assert "1 already done" in run.stdout
     assert run.stderr == ""
+
+
+def test_a_signal_stops_the_second_job_too(tmp_path: Path) -> None:
+    """The first has ended, and with it what could not be stopped any more."""
+    source = large(tmp_path / "large")
+    jobs = jsonl(tmp_path / "jobs.jsonl", *[{"source": source, "output": name} for name in "abc"])
+    command = [*CLI, "batch", str(jobs)]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        while not (tmp_path / "b").exists():
+            assert run.poll() is None, run.communicate()
+            time.sleep(0.01)
+        run.send_signal(signal.SIGINT)
+        _, err = run.communicate(timeout=60)
+    assert run.returncode == 130, err
+    assert "stopped; run the same command again to resume." in err
+    assert (tmp_path / "a" / "fp8_convert.json").exists()
+    assert not (tmp_path / "b" / "fp8_convert.json").exists()
+    assert not (tmp_path / "c").exists()
 
 
 def test_words_in_the_wrong_place(tmp_path: Path) -> None:

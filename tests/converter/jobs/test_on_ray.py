@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 from pipelines import copied, saved
-from test_batching import job, jsonl, tree
+from test_batching import CLI, job, jsonl, large, tree
 
 from fp8_convert.converter import ConvertError, batch, convert, verify
 from fp8_convert.converter.jobs import on_ray
@@ -27,7 +27,6 @@ from fp8_convert.converter.jobs.on_ray import Need
 from fp8_convert.converter.output.capacity import memory_bound
 from fp8_convert.converter.plan.recipe import tool_version
 
-CLI = [sys.executable, "-W", "ignore", "-c", "from fp8_convert.converter.cli.commands import main; main()"]
 RAY = Path(sys.executable).with_name("ray")
 WAIT_S = 120
 
@@ -77,14 +76,6 @@ SETTINGS: list[dict[str, Any]] = [
     {"read_back": True},
     {"device": "cpu", "workers": 2},
 ]
-
-
-def large(folder: Path) -> str:
-    """A source whose conversion takes long enough to be met midway: a tokenizer's file of zeros is carried over."""
-    source = copied(saved("wan22", max_shard_size="100KB"), folder)
-    with open(source / "tokenizer" / "large.json", "wb") as file:
-        file.truncate(200_000_000)
-    return str(source)
 
 
 def test_twenty_jobs_with_failures_and_a_killed_worker(tmp_path: Path, environment: dict[str, str]) -> None:
@@ -254,7 +245,7 @@ def test_more_than_any_machine_has_is_refused(tmp_path: Path, environment: dict[
 
 def test_a_worker_of_another_kind_says_so(tmp_path: Path) -> None:
     def found(version: str, folder: Path) -> str:
-        outcome = on_ray._in_folder(version, str(folder), plan_job, Job(1, "a", "b"), None, None)
+        outcome = on_ray._in_folder(version, str(folder), plan_job, Job(1, "a", "b"))
         assert (outcome.status, outcome.again, outcome.hosts) == ("failed", False, (socket.gethostname(),))
         return outcome.error or ""
 
@@ -266,7 +257,7 @@ def test_a_worker_that_lacks_the_code_says_so(tmp_path: Path, environment: dict[
     """As with another fp8-convert than here: what is to run cannot be imported there."""
     code = """
 import os, pathlib
-pathlib.Path("other.py").write_text("def attempt(job, token): ...")
+pathlib.Path("other.py").write_text("def attempt(job): ...")
 from other import attempt
 from fp8_convert.converter.jobs.job import Job
 from fp8_convert.converter.jobs.on_ray import Need, OnRay
