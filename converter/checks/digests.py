@@ -15,6 +15,7 @@ from ..snapshot.files import LocalFiles
 from ..snapshot.overlay import OverlayFiles
 from ..telling.errors import ConvertError
 from ..telling.progress import Progress
+from ..telling.quantities import plural
 from .finding import Finding
 
 _OF_THE_HUB = (".gitattributes",)  # beside every repository's files
@@ -92,8 +93,15 @@ def _unlisted(root: Path, listed: Collection[str]) -> Iterator[Finding]:
             elif prefix + name not in folders:
                 below.remove(name)
                 if count := sum(len(files) for _, _, files in os.walk(Path(where, name))):
-                    yield Finding(f"{prefix}{name}/", f"is not in the record ({count} files)")
+                    yield Finding(
+                        f"{prefix}{name}/", f"is not in the record ({plural(count, 'file')})" + _of(prefix + name)
+                    )
         below.sort()
+
+
+def _of(folder: str) -> str:
+    """What to do about a folder that is not in the record, after its finding."""
+    return ": a conversion was interrupted, run its command again" if folder == layout.STAGING else ""
 
 
 def damage(file: Path, entry: RecordedFile) -> str | None:

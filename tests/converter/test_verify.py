@@ -157,7 +157,7 @@ def test_added_file(spoilt: Path, name: str) -> None:
     assert findings(spoilt) == [(name, "is not in the record")]
 
 
-@pytest.mark.parametrize("folder", [".git", "transformer/.cache", "unet", ".fp8-convert"])
+@pytest.mark.parametrize("folder", [".git", "transformer/.cache", "unet", "vae/.fp8-convert"])
 def test_added_folder(spoilt: Path, folder: str) -> None:
     for name in ("config.json", "deep/er/weights.bin"):
         (spoilt / folder / name).parent.mkdir(parents=True, exist_ok=True)

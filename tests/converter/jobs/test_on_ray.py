@@ -20,6 +20,7 @@ from pipelines import copied, saved
 from test_batching import CLI, job, jsonl, large, tree
 
 from fp8_convert.converter import ConvertError, batch, convert, verify
+from fp8_convert.converter.format.layout import RECORD_FILE, STAGING
 from fp8_convert.converter.jobs import on_ray
 from fp8_convert.converter.jobs.attempt import plan_job
 from fp8_convert.converter.jobs.job import Job
@@ -64,6 +65,12 @@ def stopped_writer_of(folder: Path) -> psutil.Process | None:
             return process
         process.resume()
     return None
+
+
+def finished_below(folder: Path) -> list[Path]:
+    """The outputs that are at their end: the record is there, and then what tells of a conversion under way is gone."""
+    found = (path.parent for path in folder.glob(f"*/{RECORD_FILE}"))
+    return [output for output in found if not (output / STAGING).exists()]
 
 
 SETTINGS: list[dict[str, Any]] = [
@@ -154,12 +161,12 @@ def test_a_killed_head_leaves_nothing_half_done(
     command = [*CLI, "batch", str(jobs)]
     run = begun([*command, "--ray", head[0], "--cpus-per-job", "1"], tmp_path, environment)
     with run:
-        wait_for(lambda: list(tmp_path.glob("out/*/fp8_convert.json")), run)
+        wait_for(lambda: finished_below(tmp_path / "out"), run)
         wait_for(lambda: stopped_writer_of(tmp_path / "out"), run)
         kill_all(head[1])
         run.communicate(timeout=WAIT_S)  # Ray ends it
     assert run.returncode == 1
-    whole = [path.parent for path in tmp_path.glob("out/*/fp8_convert.json")]  # which comes last
+    whole = finished_below(tmp_path / "out")
     assert 0 < len(whole) < 4
     assert all(verify(folder).ok for folder in whole)
     again = subprocess.run([*command, "--json"], cwd=tmp_path, env=environment, capture_output=True, text=True)

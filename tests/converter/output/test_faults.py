@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from pipelines import copied, saved
@@ -191,6 +192,23 @@ def test_kill_while_the_snapshot_appears(
         convert(source, output)
         assert digests(output) == undisturbed
         shutil.rmtree(output)
+
+
+def test_a_kill_after_the_last_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path, undisturbed: dict[str, str]
+) -> None:
+    """All is there, and signs of a conversion under way too: `verify` says what to do, and the rerun does it."""
+    output = tmp_path / "out"
+    with monkeypatch.context() as killed:
+        killed.setattr(Target, "_remove_staging", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, output)
+    [(path, problem)] = [(finding.path, finding.problem) for finding in verify(output).findings]
+    assert path == f"{STAGING}/"
+    assert problem == "is not in the record (2 files): a conversion was interrupted, run its command again"
+    assert not convert(source, output).already_done
+    assert digests(output) == undisturbed
+    assert verify(output).ok
 
 
 @under_way
