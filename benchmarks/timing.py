@@ -1,5 +1,6 @@
 """Medians of GPU time, kernels' and the host's time, and peak memory: what every benchmark here means by them."""
 
+import os
 import statistics
 import time
 from collections import Counter
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-DEVICE = torch.device("cuda", 0)
+DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # torchrun tells each process its own
 
 
 def median(run: Callable[[], Any], budget_ms: int = 300) -> float:

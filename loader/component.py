@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from .diffusers_quantizer import Fp8DiffusersQuantizer
 from .fill import Filler, fill_from_shards, fill_from_stream
 from .fp8_config import Fp8Config
 from .original import planned_modules
+from .parallel import Ranks
 from .settings import Planned
 from .transformers_quantizer import Fp8TransformersQuantizer
 from .weights import Fp8Weight
@@ -41,7 +42,8 @@ class Target:
     """What components are loaded for.
 
     dtype: of all that is not FP8, and of the computation. strict: refuse one that is not what its record and config
-    promise, instead of a warning. cuda_graphs: record the repeated blocks of models with W8A8 linears.
+    promise, instead of a warning. cuda_graphs: record the repeated blocks of models with W8A8 linears. ranks: how
+    these models lie on several.
     """
 
     device: torch.device
@@ -49,6 +51,7 @@ class Target:
     backend: Backend = "auto"
     strict: bool = True
     cuda_graphs: bool = False
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 def load(component: Component, root: Path, planned: Planned, target: Target) -> nn.Module:
@@ -59,7 +62,8 @@ def load(component: Component, root: Path, planned: Planned, target: Target) -> 
     tensors = _tensors(component, plan)
     names = tensor_names(model, [t.name for t in tensors], fp8.modules)
     install_all(model, fp8, names, dtype=target.dtype, backend=target.backend, label=component.label)
-    filler = Filler(model, names, target.dtype, target.device, component.label)
+    ranks = target.ranks if _is_dit(fp8) else Ranks()
+    filler = Filler(model, names, target.dtype, target.device, component.label, ranks.divide(model, component.label))
     filler.check_dtypes(tensors)
     if plan is None:
         with _progress(component) as progress:
@@ -73,9 +77,15 @@ def load(component: Component, root: Path, planned: Planned, target: Target) -> 
     problem = check_record(root, component, fp8) if plan is None else None
     _refuse(component, problem or _plain_linear(model, fp8, names), target.strict)
     _adopt(model, component, root, fp8, names)
-    if target.cuda_graphs and any(how.mode == layout.W8A8 for how in fp8.modules.values()) and not record_blocks(model):
+    ranks.join(model)
+    if target.cuda_graphs and _is_dit(fp8) and not record_blocks(model):
         logger.warning("%s names no repeated blocks, so that cuda_graphs=True changes nothing", type(model).__name__)
     return model
+
+
+def _is_dit(fp8: Fp8Modules) -> bool:
+    """Whether the component is one: no other has W8A8 linears."""
+    return any(how.mode == layout.W8A8 for how in fp8.modules.values())
 
 
 @contextmanager

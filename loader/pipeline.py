@@ -28,6 +28,7 @@ from .assemble import accepted_arguments, assemble, pipeline_class
 from .backend import Backend
 from .checkpoint import check_digests, fetched, is_converted, open_snapshot
 from .component import Target, load
+from .parallel import choose_ranks
 from .settings import Planned, Request, Wanted, plan_for
 from .steps import check_steps, set_high_precision_steps
 
@@ -49,6 +50,8 @@ def load_pipeline(
     backend: Backend = "auto",
     cuda_graphs: bool = False,
     high_precision_steps: tuple[int, int] | None = None,
+    parallel_config: Any = None,
+    fully_shard: Any = False,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -74,6 +77,8 @@ def load_pipeline(
     their GPU.
     high_precision_steps: (first, last): in so many first and last denoising steps of each run the W8A8 linears
     dequantise (`steps.py`).
+    parallel_config, fully_shard: for the DiTs, in each of several processes (`parallel.py`): diffusers'
+    ContextParallelConfig or TensorParallelConfig; True, or a DeviceMesh, to spread their weights over the ranks.
     revision, token, cache_dir, local_files_only, variant: as in huggingface_hub and diffusers.
     torch_dtype, device_map: diffusers' names for dtype and, where it names a single device, for device.
     pipeline_arguments: components to use instead of the snapshot's, and whatever else the pipeline class
@@ -84,8 +89,12 @@ def load_pipeline(
     arguments that contradict each other, TypeError for one that neither this function nor the pipeline takes.
     """
     _check_backend(backend)
-    target = Target(choose_device(device, device_map), choose_dtype(dtype, torch_dtype), backend, strict, cuda_graphs)
+    place = choose_device(device, device_map)
+    ranks = choose_ranks(parallel_config, fully_shard, place)
+    target = Target(place, choose_dtype(dtype, torch_dtype), backend, strict, cuda_graphs, ranks)
     _check_graphs(target)
+    if save_as is not None and ranks.several:
+        raise SettingsError("save_as is for one process, and this is one of several ranks; convert the snapshot first.")
     access = HubAccess(revision, token, cache_dir, local_files_only, variant)
     request = Request(quantization, quantization_config, manifest, compact)
     snapshot, files = open_snapshot(source, access)
@@ -107,6 +116,7 @@ def load_pipeline(
         if component.name not in components and (component.name in planned or is_converted(component)):
             components[component.name] = load(component, root, planned, target)
     pipe = assemble(root, components, target.dtype, variant).to(target.device)
+    ranks.check(pipe.components)
     if high_precision_steps is not None:
         set_high_precision_steps(pipe, high_precision_steps)
     _log(type(pipe).__name__, snapshot, root, target.device)
@@ -127,6 +137,8 @@ def load_component(
     strict: bool = True,
     backend: Backend = "auto",
     cuda_graphs: bool = False,
+    parallel_config: Any = None,
+    fully_shard: Any = False,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -142,7 +154,9 @@ def load_component(
     """
     _check_backend(backend)
     without_habits(unknown, (), "load_component", _options(load_component))
-    target = Target(choose_device(device, device_map), choose_dtype(dtype, torch_dtype), backend, strict, cuda_graphs)
+    place = choose_device(device, device_map)
+    ranks = choose_ranks(parallel_config, fully_shard, place)
+    target = Target(place, choose_dtype(dtype, torch_dtype), backend, strict, cuda_graphs, ranks)
     _check_graphs(target)
     access = HubAccess(revision, token, cache_dir, local_files_only, variant)
     request = Request(quantization, quantization_config, manifest, compact)
@@ -158,6 +172,7 @@ def load_component(
     if name not in planned and not is_converted(found):
         raise LoadError(f"{found.label} of {snapshot.label} has no FP8 weights; load it with from_pretrained.")
     model = load(found, root, planned, target)
+    ranks.check({name: model})
     _log(f"{type(model).__name__} ({found.label})", snapshot, root, target.device)
     return model
 
@@ -170,6 +185,8 @@ def _check_backend(backend: str) -> None:
 def _check_graphs(target: Target) -> None:
     if target.cuda_graphs and target.device.type != "cuda":
         raise ValueError(f"cuda_graphs=True needs a CUDA device, and the device is {target.device}; leave it out.")
+    if target.cuda_graphs and target.ranks.several:
+        raise ValueError("cuda_graphs=True is for one process, and this is one of several ranks; leave it out.")
 
 
 def _check_merged(given: Mapping[str, Any], planned: Planned) -> None:

@@ -96,6 +96,8 @@ def takes_bias(rows: int, n: int, k: int) -> bool:
 
 
 def _static(x: Quantized, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    if not codes.is_cuda:  # where torch's product with single scales takes a hundred times as long as the other
+        return _rows(x._replace(scale=x.scale.repeat(x.rows, 1)), codes, scale.repeat(codes.shape[0], 1), bias)
     inside = bias if x.dtype != torch.float32 and takes_bias(x.rows, *codes.shape) else None  # only 16-bit biases
     fast = codes.is_cuda and x.dtype == torch.bfloat16
     out = torch._scaled_mm(x.codes, codes.t(), x.scale, scale, bias=inside, out_dtype=x.dtype, use_fast_accum=fast)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from .checkpoint import Fp8Modules
 from .cuda_graphs import recorded_blocks
 from .few_tokens import STORAGE_TOKENS, W8A8_TOKENS, can_multiply
 from .linear import W8A8LinearMixin
+from .parts import shape_here
 from .shared_input import groups_of
 from .steps import HighPrecisionSteps, high_precision_steps_of
 from .storage import StorageLinearMixin
@@ -170,9 +171,9 @@ def _component(name: str, model: nn.Module, policy: HighPrecisionSteps | None) -
     expected = {own[n]: how.mode for n, how in promised.modules.items()} if own else {}
     wrong = [n for n, mode in expected.items() if n not in installed or installed[n].mode != mode]
     tensors = [*model.parameters(), *model.buffers()]
-    at_rest = sum(t.numel() * t.element_size() for t in tensors)
+    at_rest = sum(shape_here(t).numel() * t.element_size() for t in tensors)
     scales = sum(b.numel() * b.element_size() for m in installed.values() for b in m._buffers.values() if b is not None)
-    codes = sum(m.codes.numel() for m in installed.values())
+    codes = sum(shape_here(m._parameters["weight"]).numel() for m in installed.values())
     products: Counter[str] = Counter()
     for module in installed.values():
         if isinstance(module, W8A8LinearMixin):
@@ -191,7 +192,14 @@ def _component(name: str, model: nn.Module, policy: HighPrecisionSteps | None) -
         at_rest,
         at_rest - scales + codes,
         products,
-        (*_steps(policy, products), *_few_tokens(model, installed), *_sharing(model), *_graphs(model), *_notes(model)),
+        (
+            *_steps(policy, products),
+            *_few_tokens(model, installed),
+            *_sharing(model),
+            *_graphs(model),
+            *_ranks(model),
+            *_notes(model),
+        ),
     )
 
 
@@ -238,6 +246,19 @@ def _graphs(model: nn.Module) -> Iterator[str]:
         )
 
 
+def _ranks(model: Any) -> Iterator[str]:
+    """How the model lies on several ranks."""
+    config = getattr(model, "_parallel_config", None)
+    if config is not None and (context := config.context_parallel_config) is not None:
+        degrees = [f"{name}={n}" for name in ("ulysses_degree", "ring_degree") if (n := getattr(context, name)) > 1]
+        yield f"tokens are divided among ranks ({', '.join(degrees)})"
+    if config is not None and (tensor := config.tensor_parallel_config) is not None:
+        yield f"linears are cut among {tensor._tp_degree} ranks, and this is what one of them holds"
+    spread = next((p for p in model.parameters() if hasattr(p, "device_mesh")), None)
+    if spread is not None:
+        yield f"parameters are spread over {spread.device_mesh.size()} ranks, and this is what one of them holds"
+
+
 def _notes(model: nn.Module) -> tuple[str, ...]:
     """Whether transformers widened FP8 weights while it loaded them: of that the model keeps its converter alone."""
     converters = getattr(model, "_weight_conversions", None) or ()
@@ -255,6 +276,6 @@ def _running_device(model: nn.Module, module: Fp8Weight) -> torch.device:
     hook = getattr(module, "_hf_hook", None) or getattr(model, "_hf_hook", None)
     execution = getattr(hook, "execution_device", None)
     if execution is None:
-        return module.codes.device
+        return cast(torch.Tensor, module._parameters["weight"]).device
     device = torch.device("cuda", execution) if isinstance(execution, int) else torch.device(execution)
     return torch.device("cuda", 0) if device.type == "cuda" and device.index is None else device

@@ -95,11 +95,11 @@ class SharedInput:
 
     def settle(self, *leaves: str) -> None:
         """Put the members' tensors of these names (codes, biases and scales) side by side, once all are on one CUDA
-        device.
+        device, and not spread over ranks.
         """
         for leaf in leaves or _JOINT:
             tensors = [m._parameters.get(leaf, m._buffers.get(leaf)) for m in self.members]
-            held = [t for t in tensors if t is not None and t.is_cuda and t.dim()]
+            held = [t for t in tensors if t is not None and t.is_cuda and t.dim() and not hasattr(t, "to_local")]
             alike = len({(t.device, t.dtype) for t in held}) == 1
             if len(held) < len(tensors) or not alike or side_by_side(held) is not None:
                 continue

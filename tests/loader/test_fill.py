@@ -2,6 +2,8 @@
 
 import io
 from collections import Counter
+from itertools import pairwise
+from unittest import mock
 
 import pytest
 from diffusers.utils import logging as diffusers_logging
@@ -11,24 +13,35 @@ from runs import converted
 
 from fp8_convert.converter.format.header import TensorInfo, encode_header, parse_header
 from fp8_convert.converter.snapshot.snapshot import Shard
-from fp8_convert.loader import load_component
-from fp8_convert.loader.fill import _Tensors
+from fp8_convert.loader import fill, load_component
+from fp8_convert.loader.fill import _Piece, _Pieces, _Wanted
 
 
-@given(st.lists(st.integers(0, 40), max_size=12), st.integers(1, 50))
-def test_spans_give_every_byte_of_every_tensor_once(sizes: list[int], step: int) -> None:
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    infos = [TensorInfo(str(i), "U8", (n,), end - n, end) for i, (n, end) in enumerate(zip(sizes, ends, strict=True))]
+@given(st.lists(st.tuples(st.integers(0, 40), st.booleans()), max_size=12), st.integers(1, 50), st.integers(0, 60))
+def test_spans_give_every_byte_that_is_wanted_once(tensors: list[tuple[int, bool]], step: int, gap: int) -> None:
+    ends = [sum(size for size, _ in tensors[: i + 1]) for i in range(len(tensors))]
+    infos = [
+        TensorInfo(str(i), "U8", (n,), end - n, end) for i, ((n, _), end) in enumerate(zip(tensors, ends, strict=True))
+    ]
     raw = encode_header(infos, {})
-    shard = Shard("x", len(raw) + sum(sizes), parse_header(raw[8:], len(raw) + sum(sizes), "x"))
-    tensors = _Tensors(shard)
+    shard = Shard("x", len(raw) + sum(ends[-1:]), parse_header(raw[8:], len(raw) + sum(ends[-1:]), "x"))
+    chosen = [info for info, (size, wanted) in zip(infos, tensors, strict=True) if wanted and size]
+    pieces = [_Piece(info, info.start, info.end) for info in chosen]
     given_: Counter[str] = Counter()
-    for start in range(0, max(1, sum(sizes)), step):
-        stop = min(start + step, sum(sizes))
-        for info, low, high in tensors.in_span(start, stop):
-            assert max(info.start, start) == low <= high == min(info.end, stop)
-            given_[info.name] += high - low
-    assert dict(given_) == {info.name: info.nbytes for info in infos}
+    read = 0
+    with mock.patch.object(fill, "_GAP_BYTES", gap):
+        ranges = [*_Wanted(shard, pieces).ranges]
+    waiting = _Pieces(pieces)
+    for first, last in ranges:
+        for start in range(first, last, step):
+            stop = min(start + step, last)
+            read += stop - start
+            for info, low, high in waiting.in_span(start, stop):
+                assert max(info.start, start) == low < high == min(info.end, stop)
+                given_[info.name] += high - low
+    assert dict(given_) == {info.name: info.nbytes for info in chosen}
+    gaps = [after.start - before.stop for before, after in pairwise(pieces)]
+    assert read == sum(given_.values()) + sum(between for between in gaps if between <= gap)
 
 
 class Terminal(io.StringIO):

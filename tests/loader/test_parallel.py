@@ -1,0 +1,460 @@
+"""DiTs on two ranks: context parallelism, tensor parallelism and spread weights give what one process gives."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import torch
+from pipelines import saved
+from ranks import Ranks
+from runs import converted
+from torch import Tensor
+
+from fp8_convert.loader import LoadError, load_component, load_pipeline, report
+
+MASK = "encoder_hidden_states_mask"
+
+
+@pytest.fixture(scope="module", name="ranks", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def _ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    if request.param == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    ranks = Ranks(request.param)
+    yield ranks
+    ranks.close()
+
+
+def device() -> str:
+    """Of this rank."""
+    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+
+
+def inputs(name: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+    """Random ones for a DiT of `pipelines`; token counts that two ranks can share."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device(), dtype)
+
+    text = random(1, 8, 128)
+    if name == "qwen_image":
+        timestep, shapes = torch.tensor([0.5], device=device(), dtype=dtype), [[(1, 4, 4)]]
+        tokens = {"hidden_states": random(1, 16, 64), "encoder_hidden_states": text}
+        return {**tokens, "timestep": timestep, "img_shapes": shapes, "return_dict": False}
+    if name == "flux":
+        ids = {"img_ids": random(16, 3), "txt_ids": random(8, 3), "pooled_projections": random(1, 128)}
+        tokens = {"hidden_states": random(1, 16, 64), "encoder_hidden_states": text}
+        return {**tokens, **ids, "timestep": torch.tensor([0.5], device=device(), dtype=dtype), "return_dict": False}
+    timestep = torch.tensor([500], device=device())
+    latents = {"hidden_states": random(1, 16, 2, 8, 8), "encoder_hidden_states": text}
+    return {**latents, "timestep": timestep, "return_dict": False}
+
+
+@torch.no_grad()
+def run(dit: Any, name: str, **more: Any) -> Tensor:
+    return dit(**inputs(name), **more)[0].float().cpu()
+
+
+def difference(got: Tensor, wanted: Tensor) -> float:
+    return float((got - wanted).norm() / wanted.norm())
+
+
+# Context parallelism
+
+
+def by_context(folder: Path, name: str, degrees: dict[str, int], options: dict[str, Any]) -> dict[str, float]:
+    from diffusers import ContextParallelConfig
+
+    alone = load_component(folder, "transformer", device=device())
+    # A ring needs attention's sums, which not every backend tells; what is set holds for later models too.
+    alone.set_attention_backend("_native_flash" if "ring_degree" in degrees else "native")
+    wanted = run(alone, name)
+    dit = load_component(
+        folder, "transformer", device=device(), parallel_config=ContextParallelConfig(**degrees), **options
+    )
+    found = {"eager": difference(run(dit, name), wanted)}
+    dit.compile_repeated_blocks(fullgraph=not options, backend="aot_eager")
+    found["compiled"] = difference(run(dit, name), wanted)
+    return found
+
+
+@pytest.mark.parametrize("degrees", [{"ulysses_degree": 2}, {"ring_degree": 2}], ids=lambda d: next(iter(d)))
+@pytest.mark.parametrize("name", ["qwen_image", "wan22"])
+def test_context_parallelism(ranks: Ranks, name: str, degrees: dict[str, int]) -> None:
+    for found in ranks.run(by_context, converted(name), name, degrees, {}):
+        assert found["eager"] < 4e-3, found
+        assert found["compiled"] < 4e-3, found
+
+
+def with_masks(folder: Path) -> tuple[float, str]:
+    """The difference that a mask of ones makes, by position too, and what is said of one that leaves a token out."""
+    from diffusers import ContextParallelConfig
+
+    dit = load_component(
+        folder, "transformer", device=device(), parallel_config=ContextParallelConfig(ulysses_degree=2)
+    )
+    mask = torch.ones(1, 8, dtype=torch.bool, device=device())
+    seen: list[Any] = []
+    first_block = dit.transformer_blocks[0]
+    first_block.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs[MASK]), with_kwargs=True)
+    wanted = run(dit, "qwen_image")
+    given = run(dit, "qwen_image", **{MASK: mask})
+    tokens = inputs("qwen_image")
+    first = [tokens.pop(name) for name in ("hidden_states", "encoder_hidden_states")]
+    with torch.no_grad():
+        placed = dit(*first, mask.long(), **tokens)[0].float().cpu()
+    assert seen == [None] * 3
+    mask[0, -1] = False
+    with pytest.raises(ValueError, match="leaves tokens out") as refused:
+        run(dit, "qwen_image", **{MASK: mask})
+    return difference(given, wanted) + difference(placed, wanted), str(refused.value)
+
+
+def test_a_mask_of_ones_is_dropped_and_another_refused(ranks: Ranks) -> None:
+    for found, said in ranks.run(with_masks, converted("qwen_image")):
+        assert found == 0
+        assert "run prompts of one length, or one at a time" in said
+
+
+# Spread weights
+
+
+def spread(folder: Path, name: str, options: dict[str, Any], context: bool) -> dict[str, Any]:
+    """A DiT of a pipeline that is loaded with spread weights, beside one that is whole."""
+    from diffusers import ContextParallelConfig
+
+    whole = load_component(folder, "transformer", device=device(), **options)
+    config = {"parallel_config": ContextParallelConfig(ulysses_degree=2)} if context else {}
+    pipe = load_pipeline(folder, device=device(), fully_shard=True, **config, **options)
+    dit = pipe.transformer
+    wanted = run(whole, name)
+    found = {"eager": difference(run(dit, name), wanted), "again": difference(run(dit, name), wanted)}
+    dit.compile_repeated_blocks(backend="aot_eager")
+    found["compiled"] = difference(run(dit, name), wanted)
+    sizes = [(p.to_local().numel(), p.numel()) for p in dit.parameters()]
+    held = [*(p.to_local() for p in dit.parameters()), *dit.buffers()]
+    bytes_of = {c.name: c.bytes_at_rest for c in report(pipe).components}
+    assert bytes_of["transformer"] == sum(t.numel() * t.element_size() for t in held)
+    assert "parameters are spread over 2 ranks, and this is what one of them holds" in str(report(pipe))
+    with pytest.raises(NotImplementedError, match="copy the snapshot instead"):
+        dit.save_pretrained("nowhere")
+    return {
+        **found,
+        "held": sum(here for here, _ in sizes) / sum(all_of for _, all_of in sizes),
+        "ok": report(pipe).ok,
+    }
+
+
+@pytest.mark.parametrize("context", [False, True], ids=["alone", "with-ulysses"])
+@pytest.mark.parametrize(
+    ("name", "options"), [("qwen_image", {}), ("wan22", {}), ("qwen_image", {"backend": "scaled_mm"})]
+)
+def test_spread_weights(ranks: Ranks, name: str, options: dict[str, Any], context: bool) -> None:
+    for found in ranks.run(spread, converted(name), name, options, context):
+        most = 4e-3 if context else 0
+        assert max(found[how] for how in ("eager", "again", "compiled")) <= most, found
+        assert found["held"] == pytest.approx(0.5, abs=0.01), found
+        assert found["ok"]
+
+
+def adapted(folder: Path, ways: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """A DiT's output without and with a LoRA."""
+    from diffusers import ContextParallelConfig
+
+    if "parallel_config" in ways:
+        ways = {**ways, "parallel_config": ContextParallelConfig(**ways["parallel_config"])}
+    pipe = load_pipeline(folder, device=device(), **ways)
+    before = run(pipe.transformer, "qwen_image")
+    generator = torch.Generator().manual_seed(3)
+    layer = "transformer.transformer_blocks.0.attn.to_v"
+    shapes = {f"{layer}.lora_A.weight": (4, 256), f"{layer}.lora_B.weight": (256, 4)}
+    pipe.load_lora_weights({name: torch.randn(shape, generator=generator) for name, shape in shapes.items()})
+    return before, run(pipe.transformer, "qwen_image")
+
+
+@pytest.mark.parametrize(
+    "ways", [{"parallel_config": {"ulysses_degree": 2}}, {"fully_shard": True}], ids=lambda w: next(iter(w))
+)
+def test_loras_on_two_ranks(ranks: Ranks, ways: dict[str, Any]) -> None:
+    before, wanted = ranks.run(adapted, converted("qwen_image"), {})[0]
+    assert difference(wanted, before) > 0.02
+    for _, found in ranks.run(adapted, converted("qwen_image"), ways):
+        assert difference(found, wanted) < 4e-3
+
+
+# Tensor parallelism
+
+
+def sliced(folder: Path, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    from diffusers import TensorParallelConfig
+
+    whole = load_component(folder, "transformer", device=device(), **options)
+    wanted = run(whole, name)
+    dit = load_component(
+        folder, "transformer", device=device(), parallel_config=TensorParallelConfig(tp_degree=2), **options
+    )
+    found = {"eager": difference(run(dit, name), wanted)}
+    dit.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    found["compiled"] = difference(run(dit, name), wanted)
+    with pytest.raises(NotImplementedError, match="sharded with tensor parallelism"):
+        dit.save_pretrained("nowhere")
+    with pytest.raises(ValueError, match="tensor parallelism"):
+        dit.load_lora_adapter({})
+    assert "linears are cut among 2 ranks, and this is what one of them holds" in str(report(dit))
+    held, all_of = (report(model).components[0].bytes_at_rest for model in (dit, whole))
+    return {**found, "held": held / all_of, "ok": report(dit).ok}
+
+
+@pytest.mark.parametrize("scales", ["tensor", "block"])
+@pytest.mark.parametrize("backend", ["auto", "scaled_mm"])
+@pytest.mark.parametrize("name", ["qwen_image", "flux"])
+def test_tensor_parallelism(ranks: Ranks, name: str, backend: str, scales: str) -> None:
+    options = {} if scales == "tensor" else {"weight_block_size": (128, 128)}
+    for found in ranks.run(sliced, converted(name, **options), name, {"backend": backend}):
+        assert found["eager"] < 2e-2, found
+        assert found["compiled"] < 2e-2, found
+        assert found["held"] < 0.8, found
+        assert found["ok"]
+
+
+def state(source: Path, how: str, options: dict[str, Any]) -> dict[str, Tensor]:
+    """What this rank holds of the DiT, and the bytes that it read for all."""
+    from diffusers import TensorParallelConfig
+
+    ways: dict[str, dict[str, Any]] = {
+        "whole": {},
+        "spread": {"fully_shard": True},
+        "sliced": {"parallel_config": TensorParallelConfig(tp_degree=2)},
+    }
+    before = bytes_read()
+    dit = load_component(source, "transformer", device=device(), **ways[how], **options)
+    read = bytes_read() - before
+    held = {name: getattr(t, "to_local", lambda t=t: t)().cpu() for name, t in dit.state_dict().items()}
+    return {**held, "read": torch.tensor(read)}
+
+
+def bytes_read() -> int:
+    """By this process so far, from files and from what else it reads."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+@pytest.mark.parametrize("original", [False, True], ids=["converted", "while-loading"])
+@pytest.mark.parametrize("scales", [{}, {"weight_block_size": (128, 128)}], ids=["tensor", "block"])
+@pytest.mark.parametrize("how", ["spread", "sliced"])
+def test_ranks_hold_the_parts_of_the_whole(ranks: Ranks, how: str, scales: dict[str, Any], original: bool) -> None:
+    source, options = converted("qwen_image", **scales), {}
+    if original:
+        config = {"method": "fp8", **{key: [*value] for key, value in scales.items()}}
+        source, options = saved("qwen_image"), {"quantization_config": config}
+    wanted = ranks.run(state, converted("qwen_image", **scales), "whole", {})[0]
+    one, other = ranks.run(state, source, how, options)
+    assert one.keys() == other.keys() == wanted.keys()
+    cut = 0
+    for name, whole in wanted.items():
+        if name == "read":
+            continue
+        parts = one[name], other[name]
+        if parts[0].shape == whole.shape:
+            rowwise_bias = name.endswith(("to_out.0.bias", "to_add_out.bias", "net.2.bias"))  # added by one alone
+            assert torch.equal(parts[0], whole), name
+            assert torch.equal(parts[1], torch.zeros_like(whole) if how == "sliced" and rowwise_bias else whole), name
+            continue
+        cut += 1
+        dim = next(d for d, (part, size) in enumerate(zip(parts[0].shape, whole.shape, strict=True)) if part != size)
+        assert torch.equal(torch.cat(parts, dim), whole), name
+    assert cut > 20
+    if how == "spread" and not original:  # rows alone are read; headers, configs and the record besides
+        assert all(int(held["read"]) < 0.6 * int(wanted["read"]) for held in (one, other))
+
+
+def painted(folder: Path, name: str, ways: dict[str, Any]) -> Tensor:
+    from diffusers import ContextParallelConfig
+
+    if "parallel_config" in ways:
+        ways = {**ways, "parallel_config": ContextParallelConfig(**ways["parallel_config"])}
+    return runs.run(runs.quiet(load_pipeline(folder, device=device(), **ways)), name)
+
+
+@pytest.mark.parametrize(
+    ("name", "degrees", "options"),
+    [
+        ("qwen_image", {"ulysses_degree": 2, "ulysses_anything": True}, {}),
+        ("wan22", {"ulysses_degree": 2}, {"backend": "scaled_mm", "high_precision_steps": (1, 0)}),
+    ],
+    ids=["qwen_image", "wan22"],
+)
+def test_pipelines_on_two_ranks(ranks: Ranks, name: str, degrees: dict[str, Any], options: dict[str, Any]) -> None:
+    """Prompts of any length for Qwen-Image, whose text is divided too; weights spread in the same breath."""
+    wanted = ranks.run(painted, converted(name), name, options)[0]
+    ways = {"parallel_config": degrees, "fully_shard": True, **options}
+    one, other = ranks.run(painted, converted(name), name, ways)
+    assert torch.equal(one, other)
+    assert runs.psnr(one, wanted) > 40
+
+
+def from_disk(folder: Path) -> int:
+    """Bytes that the disk gave this rank while it loaded a DiT."""
+
+    def so_far() -> int:
+        return int(Path("/proc/self/io").read_text().split("read_bytes: ")[1].split()[0])
+
+    before = so_far()
+    load_component(folder, "transformer", device=device())
+    return so_far() - before
+
+
+def test_the_disk_gives_each_byte_once(ranks: Ranks) -> None:
+    folder = converted("flux")
+    files = [*folder.glob("transformer/*.safetensors")]
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+    given = sum(ranks.run(from_disk, folder))
+    if not given:
+        pytest.skip("this file system does not tell")
+    size = sum(file.stat().st_size for file in files)
+    assert 0.9 * size < given < 1.1 * size
+
+
+def benchmarked(folder: Path) -> list[dict[str, Any]]:
+    """The rows of benchmarks/parallel.py for a small model, on the CPU."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    import timing
+
+    timing.DEVICE = torch.device("cpu")
+    import parallel
+
+    rows: list[dict[str, Any]] = []
+
+    class Rows(parallel.Silence):
+        def add(self, **row: Any) -> None:
+            rows.append(row)
+
+    config = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 128, "joint_attention_dim": 128}
+    parallel.CASES["tiny"] = parallel.Case(
+        "QwenImageTransformer2DModel", config, lambda: inputs("qwen_image") | {"return_dict": True}
+    )
+    parallel.RUNS, parallel.MODES = 1, ("eager",)
+    bench = parallel.Bench(Rows(), "tiny", folder)
+    del bench.inputs["return_dict"]
+    with torch.no_grad():
+        bench.write()
+        for way in parallel.WAYS:
+            for what in ("bf16", "ours"):
+                if (what, way) != ("bf16", "tensor"):  # diffusers has that for accelerators alone
+                    bench.run(what, way)
+    return rows
+
+
+def test_the_benchmark_measures_every_way(ranks: Ranks, tmp_path: Path) -> None:
+    rows = ranks.run(benchmarked, tmp_path)[0]
+    assert len({(row["what"], row["way"], row["mode"]) for row in rows}) == len(rows) == 11
+    for row in rows:
+        assert row["to_one"] < 5e-3, row
+        assert row["to_bf16"] < 0.1, row
+        assert row["ms"] > 0
+
+
+# What cannot be
+
+
+def refused(folder: Path, name: str, options: dict[str, Any], error: type[Exception]) -> str:
+    from diffusers import ContextParallelConfig, TensorParallelConfig
+
+    configs = {"context": ContextParallelConfig(ulysses_degree=2), "two": TensorParallelConfig(tp_degree=2)}
+    configs["three"] = TensorParallelConfig(tp_degree=3)
+    options = {key: configs.get(value, value) if isinstance(value, str) else value for key, value in options.items()}
+    with pytest.raises(error) as raised:
+        load_component(folder, name, device=device(), **options)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "said"),
+    [
+        ("z_image", {"parallel_config": "two"}, LoadError, "with tensor parallelism: diffusers 0"),
+        ("z_image", {"parallel_config": "context"}, LoadError, "has no plan for ZImageTransformer2DModel; pass fully_"),
+        ("qwen_image", {"parallel_config": "three"}, LoadError, "has 2 attention heads, which 3 ranks cannot share"),
+        ("qwen_image", {"parallel_config": "two", "fully_shard": True}, ValueError, "leave fully_shard out"),
+        ("qwen_image", {"parallel_config": "ulysses"}, ValueError, "parallel_config is 'ulysses'; use diffusers'"),
+        ("qwen_image", {"fully_shard": "cpu"}, ValueError, "fully_shard is 'cpu'; use True, or a DeviceMesh"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    ranks: Ranks, name: str, options: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    for sentence in ranks.run(refused, converted(name), "transformer", options, error):
+        assert said in sentence
+
+
+def test_blocks_are_not_cut(ranks: Ranks) -> None:
+    folder = converted("qwen_image", weight_block_size=(256, 256))
+    for sentence in ranks.run(refused, folder, "transformer", {"parallel_config": "two"}, LoadError):
+        assert "attn.to_q.weight would be cut within its blocks of 256; use fewer ranks, or convert it with" in sentence
+
+
+def test_a_text_encoder_is_not_divided(ranks: Ranks) -> None:
+    for options in ({"parallel_config": "context"}, {"fully_shard": True}):
+        for sentence in ranks.run(refused, converted("qwen_image"), "text_encoder", options, LoadError):
+            assert "divide DiTs that are loaded with W8A8 linears, and text_encoder is none" in sentence
+
+
+def given_whole(folder: Path) -> str:
+    from diffusers import ContextParallelConfig
+
+    dit = load_component(folder, "transformer", device=device())
+    config = ContextParallelConfig(ulysses_degree=2)
+    with pytest.raises(ValueError, match="save_as is for one process"):
+        load_pipeline(folder, device=device(), save_as="nowhere", parallel_config=config)
+    with pytest.raises(LoadError) as raised:
+        load_pipeline(folder, device=device(), transformer=dit, parallel_config=config)
+    return str(raised.value)
+
+
+def test_a_given_dit_is_not_left_whole(ranks: Ranks) -> None:
+    for sentence in ranks.run(given_whole, converted("qwen_image")):
+        assert "and transformer is none; leave them out, or divide it yourself" in sentence
+
+
+def plainly(folder: Path) -> tuple[str, str, float]:
+    """Through plain diffusers: context parallelism runs, tensor parallelism is refused before and after loading."""
+    from diffusers import ContextParallelConfig, QwenImageTransformer2DModel, TensorParallelConfig
+
+    context, tensor = ContextParallelConfig(ulysses_degree=2), TensorParallelConfig(tp_degree=2)
+    load = QwenImageTransformer2DModel.from_pretrained
+    with pytest.raises(ValueError, match="tensor-parallel") as before:
+        load(folder / "transformer", parallel_config=tensor, dtype=torch.bfloat16)
+    dit = load(folder / "transformer", dtype=torch.bfloat16).to(device())
+    with pytest.raises(ValueError, match="pass parallel_config") as after:
+        dit.enable_parallelism(config=tensor)
+    wanted = run(dit, "qwen_image")
+    dit.enable_parallelism(config=context)
+    mask = torch.ones(1, 8, dtype=torch.bool, device=device())
+    return (
+        str(before.value),
+        str(after.value),
+        difference(run(dit, "qwen_image", **{MASK: mask}), wanted),
+    )
+
+
+def test_plain_diffusers(ranks: Ranks) -> None:
+    for before, after, found in ranks.run(plainly, converted("qwen_image")):
+        assert "cannot be combined with a tensor-parallel" in before
+        assert "pass parallel_config=TensorParallelConfig(...) to load_pipeline" in after
+        assert found < 4e-3
+
+
+def test_one_process_alone_is_told_how_to_start_several() -> None:
+    from diffusers import ContextParallelConfig
+
+    for options in ({"fully_shard": True}, {"parallel_config": ContextParallelConfig(ulysses_degree=2)}):
+        with pytest.raises(ValueError, match="start them with `torchrun --nproc-per-node 2"):
+            load_pipeline(converted("qwen_image"), device="cpu", **options)
