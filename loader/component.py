@@ -57,12 +57,12 @@ class Target:
 def load(component: Component, root: Path, planned: Planned, target: Target) -> nn.Module:
     """Load a component of the snapshot in `root`; one that is `planned` is converted on its way. Raises LoadError."""
     plan, supply = planned.get(component.name), FolderSupply(LocalFiles(root))
-    fp8 = fp8_modules(component) if plan is None else planned_modules(plan)
+    fp8 = _fp8_of(component, plan)
     model = build(component, target.dtype)
     tensors = _tensors(component, plan)
     names = tensor_names(model, [t.name for t in tensors], fp8.modules)
     install_all(model, fp8, names, dtype=target.dtype, backend=target.backend, label=component.label)
-    ranks = target.ranks if _is_dit(fp8) else Ranks()
+    ranks = target.ranks if _has_w8a8(fp8) else Ranks()
     filler = Filler(model, names, target.dtype, target.device, component.label, ranks.divide(model, component.label))
     filler.check_dtypes(tensors)
     if plan is None:
@@ -78,13 +78,21 @@ def load(component: Component, root: Path, planned: Planned, target: Target) -> 
     _refuse(component, problem or _plain_linear(model, fp8, names), target.strict)
     _adopt(model, component, root, fp8, names)
     ranks.join(model)
-    if target.cuda_graphs and _is_dit(fp8) and not record_blocks(model):
+    if target.cuda_graphs and _has_w8a8(fp8) and not record_blocks(model):
         logger.warning("%s names no repeated blocks, so that cuda_graphs=True changes nothing", type(model).__name__)
     return model
 
 
-def _is_dit(fp8: Fp8Modules) -> bool:
-    """Whether the component is one: no other has W8A8 linears."""
+def is_dit(component: Component, planned: Planned) -> bool:
+    """Whether it is a component that will have W8A8 linears."""
+    return _has_w8a8(_fp8_of(component, planned.get(component.name)))
+
+
+def _fp8_of(component: Component, plan: ComponentPlan | None) -> Fp8Modules:
+    return fp8_modules(component) if plan is None else planned_modules(plan)
+
+
+def _has_w8a8(fp8: Fp8Modules) -> bool:
     return any(how.mode == layout.W8A8 for how in fp8.modules.values())
 
 

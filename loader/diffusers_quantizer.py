@@ -20,9 +20,9 @@ from ..converter.stream.engine import Engine
 from ..converter.stream.supply import FolderSupply
 from .build import install_all, tensor_names
 from .checkpoint import Fp8Modules, check_scale, fp8_modules
+from .context_parallel import watch_inputs
 from .fp8_config import Fp8Config
 from .original import ChosenFiles, component_of, plan_of, planned_modules
-from .parallel import guard_parallelism
 from .saving import saved_state
 from .shared_input import settle
 from .weights import Fp8Weight
@@ -159,7 +159,7 @@ class Fp8DiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         model.fuse_lora = refuse_fuse_lora
         if hasattr(model, "fuse_qkv_projections"):
             model.fuse_qkv_projections = keep_projections
-        guard_parallelism(model)
+        watch_inputs(model)
 
 
 def refuse_fuse_lora(*_: Any, **__: Any) -> None:

@@ -128,8 +128,9 @@ class Filler:
     def write(self, info: TensorInfo, offset: int, data: Tensor, non_blocking: bool = False) -> None:
         """Copies `data` (uint8), which are the tensor's bytes from `offset` on."""
         arriving = self._expect(info)
-        if data.device != arriving.memory.device and data.device.type == "cpu" and self._is_scale(info):
-            # A chunk may end within a number, so the bytes are gathered and checked once all are there.
+        apart = data.device != arriving.memory.device or arriving.part is not None
+        if apart and data.device.type == "cpu" and self._is_scale(info):
+            # A chunk may end within a number, so the bytes are gathered and checked once all are there; of a part, all.
             host = self._host_scales.setdefault(info.name, bytearray(info.nbytes))
             host[offset : offset + data.numel()] = data.numpy().data
         self._copy(arriving, info.itemsize, offset, data, non_blocking)

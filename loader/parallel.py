@@ -1,26 +1,24 @@
 """A DiT on several ranks: processes that torchrun started, each with a GPU of its own and this same program.
 
-Three ways, all of diffusers or PyTorch. Context parallelism divides the tokens, tensor parallelism
-(`tensor_parallel.py`) the work and the weights of each linear, `fully_shard` (`fully_sharded.py`) the weights alone.
-W8A8 linears quantise each token by itself, so that tokens may be anywhere.
+Three ways, all of diffusers or PyTorch. Context parallelism (`context_parallel.py`) divides the tokens, tensor
+parallelism (`tensor_parallel.py`) the work and the weights of each linear, `fully_shard` (`fully_sharded.py`) the
+weights alone. W8A8 linears quantise each token by itself, so that tokens may be anywhere.
 """
 
-import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from ..converter.snapshot.snapshot import Component
 from ..converter.telling.errors import LoadError, SettingsError
+from .context_parallel import check_heads
 from .fully_sharded import spread_parameters
 from .parts import Part
 from .tensor_parallel import keep_one_bias, slice_linears
-
-_MASK = "encoder_hidden_states_mask"
 
 
 @dataclass(frozen=True)
@@ -36,19 +34,50 @@ class Ranks:
 
     @property
     def several(self) -> bool:
-        """Whether there is more than this process."""
+        """Whether a DiT is to be divided."""
         return any(how is not None for how in (self.context, self.tensor, self.mesh))
+
+    def check(self, dits: Sequence[Component], others: Iterable[str], label: str) -> None:
+        """Raise LoadError where a DiT cannot be divided so, or one would be whole on every rank.
+
+        dits: the components with W8A8 linears that are to be loaded. others: the names of all else in the pipeline.
+        label: what the whole is called.
+        """
+        if not self.several:
+            return
+        whole = [name for name in others if name.startswith("transformer")] or ([] if dits else [label])
+        if whole:
+            raise LoadError(
+                f"{whole[0]} cannot be divided: parallel_config and fully_shard are for DiTs that are loaded here with "
+                "W8A8 linears; leave them out, or divide it yourself."
+            )
+        for dit in dits:
+            self._check(dit)
+
+    def _check(self, dit: Component) -> None:
+        import diffusers
+
+        cls = getattr(diffusers, dit.class_name or "", None)
+        for what, config, plan in (("context", self.context, "_cp_plan"), ("tensor", self.tensor, "_tp_plan")):
+            if config is not None and getattr(cls, plan, None) is None:
+                raise LoadError(
+                    f"{dit.label} cannot be loaded with {what} parallelism: diffusers {version('diffusers')} has no "
+                    f"plan for {dit.class_name}; pass fully_shard=True, which spreads the weights of any DiT."
+                )
+        heads = dit.config.get("num_attention_heads")
+        if not isinstance(heads, int):
+            return
+        if self.context is not None:
+            check_heads(self.context, heads, dit.label)
+        if self.tensor is not None and heads % _degree(self.tensor):
+            raise LoadError(
+                f"{dit.label} has {heads} attention heads, which {_degree(self.tensor)} ranks cannot share equally."
+            )
 
     def divide(self, model: Any, label: str) -> Mapping[str, Part]:
         """Leave `model`, which has no memory yet, this rank's parameters alone; tells what of which it is to hold."""
-        for what, wanted, plan in (("context", self.context, "_cp_plan"), ("tensor", self.tensor, "_tp_plan")):
-            if wanted is not None and getattr(model, plan, None) is None:
-                raise LoadError(
-                    f"{label} cannot be loaded with {what} parallelism: diffusers {version('diffusers')} has no plan "
-                    f"for {type(model).__name__}; pass fully_shard=True, which spreads the weights of any DiT."
-                )
         if self.tensor is not None:
-            return slice_linears(model, self.tensor, label)
+            return slice_linears(model, self.tensor, _degree(self.tensor), label)
         return {} if self.mesh is None else spread_parameters(model, self.mesh, label)
 
     def join(self, model: Any) -> None:
@@ -58,34 +87,12 @@ class Ranks:
         if self.context is not None:
             model.enable_parallelism(config=self.context)
 
-    def check(self, components: Mapping[str, Any]) -> None:
-        """Raise LoadError where a DiT was to be divided and is whole on each rank: one that has no W8A8 linears, or
-        that was given and not loaded.
-        """
-        if not self.several:
-            return
-        dits = [name for name, part in components.items() if _is_dit(name, part)]
-        if whole := [name for name in dits if not _is_divided(components[name])] or ([] if dits else [*components]):
-            raise LoadError(
-                f"parallel_config and fully_shard divide DiTs that are loaded with W8A8 linears, and {whole[0]} is "
-                "none; leave them out, or divide it yourself."
-            )
-
-
-def _is_dit(name: str, part: Any) -> bool:
-    if not hasattr(part, "enable_parallelism"):  # a text encoder
-        return False
-    return name.startswith("transformer") or any(getattr(part, plan, None) for plan in ("_cp_plan", "_tp_plan"))
-
-
-def _is_divided(part: Any) -> bool:
-    from torch.distributed.fsdp import FSDPModule
-
-    return getattr(part, "_parallel_config", None) is not None or isinstance(part, FSDPModule)
-
 
 def choose_ranks(parallel_config: Any, fully_shard: Any, device: torch.device) -> Ranks:
-    """What `load_pipeline`'s arguments ask for. Raises SettingsError (a ValueError) for what cannot be, or not here."""
+    """What `load_pipeline`'s arguments ask for. Raises SettingsError (a ValueError) for what cannot be, or not here.
+
+    On every rank alike, so that none waits for another in vain.
+    """
     if parallel_config is None and not fully_shard:
         return Ranks()
     if not (dist.is_available() and dist.is_initialized()):
@@ -96,24 +103,34 @@ def choose_ranks(parallel_config: Any, fully_shard: Any, device: torch.device) -
     context, tensor = _configs(parallel_config)
     if tensor is not None and fully_shard:
         raise SettingsError("A TensorParallelConfig divides the weights already; leave fully_shard out.")
+    if context is not None:
+        degrees = context.ulysses_degree * context.ring_degree
+        _check_mesh("ContextParallelConfig", context.mesh, ("ring", "ulysses"), degrees)
+    if tensor is not None:
+        _check_mesh("TensorParallelConfig", tensor.mesh, (), tensor.tp_degree)
     return Ranks(context, tensor, _mesh(fully_shard, device) if fully_shard else None)
 
 
 def _configs(given: Any) -> tuple[Any, Any]:
     from diffusers import ContextParallelConfig, ParallelConfig, TensorParallelConfig
 
-    if isinstance(given, ParallelConfig):
-        return given.context_parallel_config, given.tensor_parallel_config
-    if isinstance(given, ContextParallelConfig):
-        return given, None
-    if isinstance(given, TensorParallelConfig):
-        return None, given
-    if given is not None:
+    context = getattr(given, "context_parallel_config", None) if isinstance(given, ParallelConfig) else given
+    tensor = getattr(given, "tensor_parallel_config", None) if isinstance(given, ParallelConfig) else given
+    found = (
+        context if isinstance(context, ContextParallelConfig) else None,
+        tensor if isinstance(tensor, TensorParallelConfig) else None,
+    )
+    if given is not None and found == (None, None):
         raise SettingsError(
             f"parallel_config is {given!r:.80}; use diffusers' ContextParallelConfig(ulysses_degree=2) or "
             "TensorParallelConfig(tp_degree=2)."
         )
-    return None, None
+    return found
+
+
+def _degree(config: Any) -> int:
+    """Of diffusers' TensorParallelConfig."""
+    return int(config.mesh.size() if config.mesh is not None else config.tp_degree)
 
 
 def _mesh(fully_shard: Any, device: torch.device) -> Any:
@@ -121,52 +138,27 @@ def _mesh(fully_shard: Any, device: torch.device) -> Any:
 
     if fully_shard is True:
         return init_device_mesh(device.type, (dist.get_world_size(),))
-    if isinstance(fully_shard, DeviceMesh) and fully_shard.ndim == 1:
-        return fully_shard
-    raise SettingsError(f"fully_shard is {fully_shard!r:.80}; use True, or a DeviceMesh of one dimension.")
+    if not isinstance(fully_shard, DeviceMesh):
+        raise SettingsError(f"fully_shard is {fully_shard!r:.80}; use True, or a DeviceMesh of one dimension.")
+    _check_mesh("fully_shard", fully_shard, (), 0)
+    return fully_shard
 
 
-def guard_parallelism(model: Any) -> None:
-    """Let the FP8 model's `enable_parallelism` be `enable_parallelism` below."""
-    if hasattr(model, "enable_parallelism"):
-        model.enable_parallelism = partial(enable_parallelism, model)
+def _check_mesh(what: str, mesh: Any, names: tuple[str, ...], degree: int) -> None:
+    """Raise SettingsError for a mesh without these dimensions (one, where none is named) or without this rank.
 
-
-def enable_parallelism(model: Any, *, config: Any, cp_plan: Any = None) -> None:
-    """diffusers' own, for context parallelism; a mask, which goes wrong there in any precision, is dropped or refused.
-
-    Raises ValueError for tensor parallelism, for which each rank reads its part: that is for `load_pipeline` to do.
+    degree: how many ranks there must be where no mesh is given.
     """
-    if _configs(config)[1] is not None:
-        raise SettingsError(
-            "FP8 weights are cut for tensor parallelism while they are loaded; pass "
-            "parallel_config=TensorParallelConfig(...) to load_pipeline."
-        )
-    type(model).enable_parallelism(model, config=config, cp_plan=cp_plan)
-    parameters = [*inspect.signature(type(model).forward).parameters]
-    if _MASK in parameters:
-        model.register_forward_pre_hook(_MaskHook(parameters.index(_MASK) - 1), with_kwargs=True)
-
-
-class _MaskHook:
-    """Before a forward under context parallelism: drops a mask that masks nothing, and refuses any other.
-
-    diffusers' attention gives NaN of a mask there, in BF16 as well, or takes each rank's tokens for all (ring).
-    position: of the mask among positional arguments.
-    """
-
-    def __init__(self, position: int) -> None:
-        self.position = position
-
-    def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        mask = args[self.position] if len(args) > self.position else kwargs.get(_MASK)
-        if mask is None:
-            return None
-        if not bool(mask.all()):
-            raise ValueError(
-                f"{_MASK} leaves tokens out, of which diffusers' attention gives NaN under context parallelism; run "
-                "prompts of one length, or one at a time."
+    if mesh is None:
+        if degree != (count := dist.get_world_size()):
+            raise SettingsError(
+                f"{what} divides among {degree} ranks, and torchrun started {count}; let both be the same, or pass a "
+                "mesh of those that share a DiT."
             )
-        if len(args) > self.position:
-            return (*args[: self.position], None, *args[self.position + 1 :]), kwargs
-        return args, {**kwargs, _MASK: None}
+        return
+    found = mesh.mesh_dim_names or ()
+    if not {*names} <= {*found} or (not names and mesh.ndim != 1):
+        wanted = f"with the dimensions {' and '.join(names)}" if names else "of one dimension"
+        raise SettingsError(f"The mesh of {what} has the dimensions {found or mesh.ndim}; pass one {wanted}.")
+    if mesh.get_coordinate() is None:
+        raise SettingsError(f"The mesh of {what} does not have rank {dist.get_rank()}, which loads a DiT too.")

@@ -27,7 +27,7 @@ from .arguments import choose_device, choose_dtype, without_habits
 from .assemble import accepted_arguments, assemble, pipeline_class
 from .backend import Backend
 from .checkpoint import check_digests, fetched, is_converted, open_snapshot
-from .component import Target, load
+from .component import Target, is_dit, load
 from .parallel import choose_ranks
 from .settings import Planned, Request, Wanted, plan_for
 from .steps import check_steps, set_high_precision_steps
@@ -111,12 +111,12 @@ def load_pipeline(
     root = _fetch(snapshot, files, wanted, access, verify)
     planned = plan_for(snapshot, wanted)
     _check_merged(given, planned)
-    components = dict(given)
-    for component in snapshot.components:
-        if component.name not in components and (component.name in planned or is_converted(component)):
-            components[component.name] = load(component, root, planned, target)
+    to_load = [c for c in snapshot.components if c.name not in given and (c.name in planned or is_converted(c))]
+    dits = [component for component in to_load if is_dit(component, planned)]
+    others = {c.name for c in snapshot.components if c not in dits and c.name not in given}
+    ranks.check(dits, sorted(others | {name for name, part in given.items() if part is not None}), snapshot.label)
+    components = {**given, **{component.name: load(component, root, planned, target) for component in to_load}}
     pipe = assemble(root, components, target.dtype, variant).to(target.device)
-    ranks.check(pipe.components)
     if high_precision_steps is not None:
         set_high_precision_steps(pipe, high_precision_steps)
     _log(type(pipe).__name__, snapshot, root, target.device)
@@ -171,8 +171,8 @@ def load_component(
     found = next(c for c in snapshot.components if c.name == name)
     if name not in planned and not is_converted(found):
         raise LoadError(f"{found.label} of {snapshot.label} has no FP8 weights; load it with from_pretrained.")
+    ranks.check([found] if is_dit(found, planned) else [], (), found.label)
     model = load(found, root, planned, target)
-    ranks.check({name: model})
     _log(f"{type(model).__name__} ({found.label})", snapshot, root, target.device)
     return model
 
@@ -183,10 +183,10 @@ def _check_backend(backend: str) -> None:
 
 
 def _check_graphs(target: Target) -> None:
-    if target.cuda_graphs and target.device.type != "cuda":
-        raise ValueError(f"cuda_graphs=True needs a CUDA device, and the device is {target.device}; leave it out.")
     if target.cuda_graphs and target.ranks.several:
         raise ValueError("cuda_graphs=True is for one process, and this is one of several ranks; leave it out.")
+    if target.cuda_graphs and target.device.type != "cuda":
+        raise ValueError(f"cuda_graphs=True needs a CUDA device, and the device is {target.device}; leave it out.")
 
 
 def _check_merged(given: Mapping[str, Any], planned: Planned) -> None:

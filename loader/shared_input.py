@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,11 +73,22 @@ class SharedInput:
     """A group of linears of one kind of product. Not thread-safe in itself: what is kept is kept for each thread."""
 
     def __init__(self, members: "Sequence[W8A8LinearMixin]") -> None:
-        self.members = tuple(members)
+        self._members = tuple(map(weakref.ref, members))  # they hold this: models are to go with the last name for them
         self.apart = False  # given up: members are on their own
         self.abandoned = 0
         self._agreed: tuple[tuple[int, int], ...] = ()
         self._alike = len({member.out_features for member in members}) == 1
+
+    @property
+    def members(self) -> "tuple[W8A8LinearMixin, ...]":
+        """Those that are still there."""
+        return tuple([member for held in self._members if (member := held()) is not None])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_members": self.members}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({**state, "_members": tuple(map(weakref.ref, state["_members"]))})
 
     def product(self, member: "W8A8LinearMixin", kind: Product, x: Tensor) -> Tensor | None:
         """`member`'s FP8 product with `x` [..., K] as [M, N]; None where it is to be computed by itself."""
@@ -109,16 +120,16 @@ class SharedInput:
 
     def _begin(self, member: "W8A8LinearMixin", kind: Product, x: Tensor) -> Tensor:
         flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        rows = flat.shape[0]
-        waiting: dict[W8A8LinearMixin, Tensor | None] = dict.fromkeys(self.members)
-        joint = self._joint(rows, x.dtype) if rows <= _JOINT_TOKENS else None
+        rows, members = flat.shape[0], self.members
+        waiting: dict[W8A8LinearMixin, Tensor | None] = dict.fromkeys(members)
+        joint = self._joint(members, rows, x.dtype) if rows <= _JOINT_TOKENS else None
         quantized = quantize(kind, flat, member.scale, member.static_scale, kept=joint is not None)
         if joint is not None:
             out = multiply(kind, quantized, *joint)
             # Each contiguous, as if computed alone: operations on slices of a row, such as `cat`, take several times as
             # long as this copy.
-            outputs = out.view(rows, len(self.members), -1).transpose(0, 1).contiguous()
-            waiting = dict(zip(self.members, outputs.unbind(), strict=True))
+            outputs = out.view(rows, len(members), -1).transpose(0, 1).contiguous()
+            waiting = dict(zip(members, outputs.unbind(), strict=True))
         mine = waiting.pop(member)
         if len(_here.kept) == _AT_ONCE:
             _here.kept[0].abandon()
@@ -127,10 +138,11 @@ class SharedInput:
 
     def _agree(self) -> bool:
         """Whether all members have the same single scales, of which the quantised activations depend."""
-        first = self.members[0]
-        scales = [] if first.scale.dim() else [m.scale for m in self.members]
+        members = self.members
+        first = members[0]
+        scales = [] if first.scale.dim() else [m.scale for m in members]
         if first.static_scale is not None:
-            scales += [cast(Tensor, m.static_scale) for m in self.members]
+            scales += [cast(Tensor, m.static_scale) for m in members]
         if not scales:
             return True
         stamp = tuple([(scale.data_ptr(), 0 if scale.is_inference() else scale._version) for scale in scales])
@@ -140,31 +152,33 @@ class SharedInput:
             return False  # offloading brings each layer's where it is used
         if scales[0].is_cuda and torch.cuda.is_current_stream_capturing():
             return False  # reading them now is not possible, and is tried again later
-        values = torch.stack(scales).view(-1, len(self.members)).cpu()
+        values = torch.stack(scales).view(-1, len(members)).cpu()
         self.apart = not bool((values == values[:, :1]).all())
         self._agreed = stamp
         return not self.apart
 
-    def _joint(self, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    def _joint(
+        self, members: "tuple[W8A8LinearMixin, ...]", rows: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """Codes, scale and bias of all members as one linear's; None where that would not have each one's bits, or they
         do not lie side by side.
         """
-        first = self.members[0]
+        first = members[0]
         if not self._alike:
             return None
-        codes = side_by_side([m._parameters["weight"] for m in self.members])
+        codes = side_by_side([m._parameters["weight"] for m in members])
         if codes is None:
             return None
         scale: Tensor | None = first.scale
         if first.scale.dim():
             if first.block is not None and first.out_features % first.block[0]:
                 return None
-            scale = side_by_side([m.scale for m in self.members])
+            scale = side_by_side([m.scale for m in members])
         if scale is None:
             return None
         bias = None
-        if any(m._parameters["bias"] is not None for m in self.members):
-            bias = side_by_side([m._parameters["bias"] for m in self.members])
+        if any(m._parameters["bias"] is not None for m in members):
+            bias = side_by_side([m._parameters["bias"] for m in members])
             whole, n, k = codes.shape[0], first.out_features, first.in_features
             if bias is None or bias.dtype != dtype or takes_bias(rows, whole, k) != takes_bias(rows, n, k):
                 return None

@@ -22,23 +22,19 @@ from .parts import Part
 from .weights import WEIGHT_SCALE, WEIGHT_SCALE_INV, Fp8Weight
 
 
-def slice_linears(model: Any, config: Any, label: str) -> dict[str, Part]:
+def slice_linears(model: Any, config: Any, degree: int, label: str) -> dict[str, Part]:
     """Make the planned linears of `model`, whose parameters have no memory yet, as small as this rank's slices.
 
-    config: diffusers' TensorParallelConfig. Returns the slices, by the names of parameters and scales. Raises LoadError
-    for a class without a plan, and for weights that cannot be cut so.
+    config: diffusers' TensorParallelConfig, for so many ranks. Returns the slices, by the names of parameters and
+    scales. Raises LoadError for weights that cannot be cut so.
     """
     from diffusers.hooks.tensor_parallel import resolve_tp_shard_specs
 
-    plan = model._tp_plan
-    degree = config.mesh.size() if config.mesh is not None else config.tp_degree
-    heads = getattr(model.config, "num_attention_heads", None)
-    if heads is not None and heads % degree:
-        raise LoadError(f"{label} has {heads} attention heads, which {degree} ranks cannot share equally.")
     try:
-        specs = resolve_tp_shard_specs(model, plan, degree)
+        specs = resolve_tp_shard_specs(model, model._tp_plan, degree)
     except ValueError as error:
         raise LoadError(f"{label} cannot be loaded with tensor parallelism: {error}") from error
+    model.requires_grad_(False)
     mesh = model._resolve_parallel_config(config).tensor_parallel_config._mesh  # noted there, so saving is refused
     parts: dict[str, Part] = {}
     for key, spec in specs.items():
@@ -75,6 +71,8 @@ class _Sum:
         self.group = group
 
     def __call__(self, module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        if out.requires_grad:
+            raise RuntimeError("Tensor parallelism here is for inference: run the DiT under torch.no_grad().")
         dist.all_reduce(out, group=self.group)
         return out
 

@@ -112,7 +112,8 @@ class OnRay:
 
     def _conversion(self, settings: Mapping[str, Any], disk: int) -> Need:
         shards = settings.get("shards") or shards_for(self._cpus)
-        return Need(self._cpus, memory_bound(shards), disk, int(settings.get("device") == "cuda"))
+        cpus = settings.get("workers") or self._cpus
+        return Need(cpus, memory_bound(shards), disk, int(settings.get("device") == "cuda"))
 
     def _submit(self, job: Job, attempt: Attempt, need: Need) -> None:
         task = self._ray.remote(_in_folder).options(max_retries=0, **need.options(self._machines()))

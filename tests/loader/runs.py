@@ -25,10 +25,15 @@ def _root() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="fp8-convert-loaded-")
 
 
+def root() -> Path:
+    """A folder for what tests share."""
+    return Path(_root().name)
+
+
 @functools.cache
 def converted(name: str, **options: Any) -> Path:
     """The pipeline NAME of `pipelines`, converted; `options` are those of `convert`. Not to be changed."""
-    folder = Path(_root().name) / "-".join([name, *(f"{k}-{Path(str(v)).name}" for k, v in sorted(options.items()))])
+    folder = root() / "-".join([name, *(f"{k}-{Path(str(v)).name}" for k, v in sorted(options.items()))])
     convert(pipelines.saved(name), folder, device="cpu", **options)
     return folder
 

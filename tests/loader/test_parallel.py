@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -11,12 +13,19 @@ from typing import Any
 import pytest
 import runs
 import torch
-from pipelines import saved
+from own_manifests import with_scales_of_rows
+from pipelines import copied, saved
 from ranks import Ranks
 from runs import converted
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch._dynamo.utils import counters
 
+from fp8_convert.converter import convert
 from fp8_convert.loader import LoadError, load_component, load_pipeline, report
+from fp8_convert.loader.context_parallel import check_heads
+from fp8_convert.loader.fully_sharded import _share
 
 MASK = "encoder_hidden_states_mask"
 
@@ -68,26 +77,24 @@ def difference(got: Tensor, wanted: Tensor) -> float:
 # Context parallelism
 
 
-def by_context(folder: Path, name: str, degrees: dict[str, int], options: dict[str, Any]) -> dict[str, float]:
+def by_context(folder: Path, name: str, degrees: dict[str, int]) -> dict[str, float]:
     from diffusers import ContextParallelConfig
 
     alone = load_component(folder, "transformer", device=device())
     # A ring needs attention's sums, which not every backend tells; what is set holds for later models too.
     alone.set_attention_backend("_native_flash" if "ring_degree" in degrees else "native")
     wanted = run(alone, name)
-    dit = load_component(
-        folder, "transformer", device=device(), parallel_config=ContextParallelConfig(**degrees), **options
-    )
+    dit = load_component(folder, "transformer", device=device(), parallel_config=ContextParallelConfig(**degrees))
     found = {"eager": difference(run(dit, name), wanted)}
-    dit.compile_repeated_blocks(fullgraph=not options, backend="aot_eager")
+    dit.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
     found["compiled"] = difference(run(dit, name), wanted)
     return found
 
 
 @pytest.mark.parametrize("degrees", [{"ulysses_degree": 2}, {"ring_degree": 2}], ids=lambda d: next(iter(d)))
-@pytest.mark.parametrize("name", ["qwen_image", "wan22"])
+@pytest.mark.parametrize("name", ["qwen_image", "wan22", "flux"])
 def test_context_parallelism(ranks: Ranks, name: str, degrees: dict[str, int]) -> None:
-    for found in ranks.run(by_context, converted(name), name, degrees, {}):
+    for found in ranks.run(by_context, converted(name), name, degrees):
         assert found["eager"] < 4e-3, found
         assert found["compiled"] < 4e-3, found
 
@@ -135,8 +142,11 @@ def spread(folder: Path, name: str, options: dict[str, Any], context: bool) -> d
     dit = pipe.transformer
     wanted = run(whole, name)
     found = {"eager": difference(run(dit, name), wanted), "again": difference(run(dit, name), wanted)}
-    dit.compile_repeated_blocks(backend="aot_eager")
+    torch._dynamo.reset()
+    counters.clear()
+    dit.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
     found["compiled"] = difference(run(dit, name), wanted)
+    found["graphs"] = counters["stats"]["unique_graphs"]
     sizes = [(p.to_local().numel(), p.numel()) for p in dit.parameters()]
     held = [*(p.to_local() for p in dit.parameters()), *dit.buffers()]
     bytes_of = {c.name: c.bytes_at_rest for c in report(pipe).components}
@@ -160,6 +170,7 @@ def test_spread_weights(ranks: Ranks, name: str, options: dict[str, Any], contex
         most = 4e-3 if context else 0
         assert max(found[how] for how in ("eager", "again", "compiled")) <= most, found
         assert found["held"] == pytest.approx(0.5, abs=0.01), found
+        assert 0 < found["graphs"] <= 2, found
         assert found["ok"]
 
 
@@ -244,15 +255,48 @@ def bytes_read() -> int:
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
+@functools.cache
+def uneven() -> Path:
+    """Qwen-Image whose blocks of 128 rows and columns differ in size, and so in their scales."""
+    folder = runs.root() / "uneven"
+    copied(saved("qwen_image"), folder)
+    for file in folder.glob("transformer/*.safetensors"):
+        tensors = load_file(file)
+        for name, tensor in tensors.items():
+            if tensor.dim() == 2:
+                rows, columns = (2.0 ** (torch.arange(size) // 128) for size in tensor.shape)
+                tensors[name] = (tensor.float() * rows[:, None] * columns / 8).to(tensor.dtype).contiguous()
+        save_file(tensors, file, {"format": "pt"})
+    return folder
+
+
+@functools.cache
+def uneven_fp8(scales: str) -> Path:
+    folder = runs.root() / f"uneven-{scales}"
+    convert(uneven(), folder, **SCALES[scales])
+    return folder
+
+
+SCALES: dict[str, dict[str, Any]] = {
+    "tensor": {},
+    "channel": {"manifest": with_scales_of_rows("qwen-image")},
+    "block": {"weight_block_size": (128, 128)},
+    "compact": {"compact": True},
+}
+
+
 @pytest.mark.parametrize("original", [False, True], ids=["converted", "while-loading"])
-@pytest.mark.parametrize("scales", [{}, {"weight_block_size": (128, 128)}], ids=["tensor", "block"])
+@pytest.mark.parametrize("scales", SCALES)
 @pytest.mark.parametrize("how", ["spread", "sliced"])
-def test_ranks_hold_the_parts_of_the_whole(ranks: Ranks, how: str, scales: dict[str, Any], original: bool) -> None:
-    source, options = converted("qwen_image", **scales), {}
+def test_ranks_hold_the_parts_of_the_whole(ranks: Ranks, how: str, scales: str, original: bool) -> None:
+    source, options = uneven_fp8(scales), {}
     if original:
-        config = {"method": "fp8", **{key: [*value] for key, value in scales.items()}}
-        source, options = saved("qwen_image"), {"quantization_config": config}
-    wanted = ranks.run(state, converted("qwen_image", **scales), "whole", {})[0]
+        given = SCALES[scales]
+        config = {"quantization_config": {"method": "fp8", "weight_block_size": [128, 128]}}
+        source, options = uneven(), config if scales == "block" else {"quantization": "fp8", **given}
+    wanted = ranks.run(state, uneven_fp8(scales), "whole", {})[0]
+    different = [name for name, scale in wanted.items() if "weight_scale" in name and scale.unique().numel() > 1]
+    assert len(different) > 10 or scales in ("tensor", "compact")
     one, other = ranks.run(state, source, how, options)
     assert one.keys() == other.keys() == wanted.keys()
     cut = 0
@@ -269,15 +313,17 @@ def test_ranks_hold_the_parts_of_the_whole(ranks: Ranks, how: str, scales: dict[
         dim = next(d for d, (part, size) in enumerate(zip(parts[0].shape, whole.shape, strict=True)) if part != size)
         assert torch.equal(torch.cat(parts, dim), whole), name
     assert cut > 20
-    if how == "spread" and not original:  # rows alone are read; headers, configs and the record besides
-        assert all(int(held["read"]) < 0.6 * int(wanted["read"]) for held in (one, other))
+    if not original:  # rows alone are read, and where columns are divided all; headers, configs and the record besides
+        most = {"spread": 0.6, "sliced": 0.9}[how]
+        assert all(int(held["read"]) < most * int(wanted["read"]) for held in (one, other))
 
 
 def painted(folder: Path, name: str, ways: dict[str, Any]) -> Tensor:
-    from diffusers import ContextParallelConfig
+    from diffusers import ContextParallelConfig, TensorParallelConfig
 
-    if "parallel_config" in ways:
-        ways = {**ways, "parallel_config": ContextParallelConfig(**ways["parallel_config"])}
+    if degrees := ways.get("parallel_config"):
+        config = TensorParallelConfig if "tp_degree" in degrees else ContextParallelConfig
+        ways = {**ways, "parallel_config": config(**degrees)}
     return runs.run(runs.quiet(load_pipeline(folder, device=device(), **ways)), name)
 
 
@@ -286,30 +332,33 @@ def painted(folder: Path, name: str, ways: dict[str, Any]) -> Tensor:
     [
         ("qwen_image", {"ulysses_degree": 2, "ulysses_anything": True}, {}),
         ("wan22", {"ulysses_degree": 2}, {"backend": "scaled_mm", "high_precision_steps": (1, 0)}),
+        ("qwen_image", {"tp_degree": 2}, {"backend": "scaled_mm", "high_precision_steps": (1, 0)}),
+        ("z_image", {}, {}),
     ],
-    ids=["qwen_image", "wan22"],
+    ids=["qwen_image", "wan22", "qwen_image-sliced", "z_image"],
 )
 def test_pipelines_on_two_ranks(ranks: Ranks, name: str, degrees: dict[str, Any], options: dict[str, Any]) -> None:
     """Prompts of any length for Qwen-Image, whose text is divided too; weights spread in the same breath."""
     wanted = ranks.run(painted, converted(name), name, options)[0]
-    ways = {"parallel_config": degrees, "fully_shard": True, **options}
+    ways = {"parallel_config": degrees or None, "fully_shard": "tp_degree" not in degrees, **options}
     one, other = ranks.run(painted, converted(name), name, ways)
     assert torch.equal(one, other)
     assert runs.psnr(one, wanted) > 40
 
 
-def from_disk(folder: Path) -> int:
+def from_disk(folder: Path, how: str) -> int:
     """Bytes that the disk gave this rank while it loaded a DiT."""
 
     def so_far() -> int:
         return int(Path("/proc/self/io").read_text().split("read_bytes: ")[1].split()[0])
 
     before = so_far()
-    load_component(folder, "transformer", device=device())
+    state(folder, how, {})
     return so_far() - before
 
 
-def test_the_disk_gives_each_byte_once(ranks: Ranks) -> None:
+@pytest.mark.parametrize("how", ["whole", "spread", "sliced"])
+def test_the_disk_gives_each_byte_once(ranks: Ranks, how: str) -> None:
     folder = converted("flux")
     files = [*folder.glob("transformer/*.safetensors")]
     for file in files:
@@ -317,11 +366,19 @@ def test_the_disk_gives_each_byte_once(ranks: Ranks) -> None:
         os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
-    given = sum(ranks.run(from_disk, folder))
+    given = sum(ranks.run(from_disk, folder, how))
     if not given:
         pytest.skip("this file system does not tell")
     size = sum(file.stat().st_size for file in files)
     assert 0.9 * size < given < 1.1 * size
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_shares_are_those_of_fsdp(count: int) -> None:
+    for rows in range(1, 12):
+        chunks = torch.arange(rows).chunk(count)
+        wanted = [[*chunk.tolist()] for chunk in chunks] + [[]] * (count - len(chunks))
+        assert [[*range(*_share(rows, rank, count))] for rank in range(count)] == wanted
 
 
 def benchmarked(folder: Path) -> list[dict[str, Any]]:
@@ -366,26 +423,52 @@ def test_the_benchmark_measures_every_way(ranks: Ranks, tmp_path: Path) -> None:
 # What cannot be
 
 
-def refused(folder: Path, name: str, options: dict[str, Any], error: type[Exception]) -> str:
-    from diffusers import ContextParallelConfig, TensorParallelConfig
+def config_of(name: str) -> Any:
+    from diffusers import ContextParallelConfig, ParallelConfig, TensorParallelConfig
+    from torch.distributed.device_mesh import init_device_mesh
 
-    configs = {"context": ContextParallelConfig(ulysses_degree=2), "two": TensorParallelConfig(tp_degree=2)}
-    configs["three"] = TensorParallelConfig(tp_degree=3)
-    options = {key: configs.get(value, value) if isinstance(value, str) else value for key, value in options.items()}
+    kind = torch.device(device()).type
+    if name == "nothing":
+        return ParallelConfig()
+    if name == "flat":
+        return ContextParallelConfig(ulysses_degree=2, mesh=init_device_mesh(kind, (2,)))
+    if name == "square":
+        return TensorParallelConfig(mesh=init_device_mesh(kind, (2, 1)))
+    if name == "one":
+        return init_device_mesh(kind, (1,))
+    what, _, degree = name.partition(" ")
+    if what == "tensor":
+        return TensorParallelConfig(tp_degree=int(degree))
+    return ContextParallelConfig(**{f"{what}_degree": int(degree)}) if degree else name
+
+
+def refused(folder: Path, component: str | None, options: dict[str, Any], error: type[Exception]) -> str:
+    options = {key: config_of(value) if isinstance(value, str) else value for key, value in options.items()}
     with pytest.raises(error) as raised:
-        load_component(folder, name, device=device(), **options)
+        load_component(folder, component, device=device(), **options)
     return str(raised.value)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "error", "said"),
     [
-        ("z_image", {"parallel_config": "two"}, LoadError, "with tensor parallelism: diffusers 0"),
-        ("z_image", {"parallel_config": "context"}, LoadError, "has no plan for ZImageTransformer2DModel; pass fully_"),
-        ("qwen_image", {"parallel_config": "three"}, LoadError, "has 2 attention heads, which 3 ranks cannot share"),
-        ("qwen_image", {"parallel_config": "two", "fully_shard": True}, ValueError, "leave fully_shard out"),
+        ("z_image", {"parallel_config": "tensor 2"}, LoadError, "with tensor parallelism: diffusers 0"),
+        ("z_image", {"parallel_config": "ulysses 2"}, LoadError, "no plan for ZImageTransformer2DModel; pass fully_"),
+        ("qwen_image", {"parallel_config": "tensor 2", "fully_shard": True}, ValueError, "leave fully_shard out"),
         ("qwen_image", {"parallel_config": "ulysses"}, ValueError, "parallel_config is 'ulysses'; use diffusers'"),
+        ("qwen_image", {"parallel_config": "nothing"}, ValueError, "parallel_config is ParallelConfig("),
+        ("qwen_image", {"parallel_config": "tensor 1"}, ValueError, "divides among 1 ranks, and torchrun started 2"),
+        ("qwen_image", {"parallel_config": "ulysses 4"}, ValueError, "divides among 4 ranks, and torchrun started 2"),
+        ("qwen_image", {"parallel_config": "ring 3"}, ValueError, "let both be the same, or pass a mesh of those"),
+        ("qwen_image", {"parallel_config": "flat"}, ValueError, "pass one with the dimensions ring and ulysses"),
+        ("qwen_image", {"parallel_config": "square"}, ValueError, "of TensorParallelConfig has the dimensions 2"),
         ("qwen_image", {"fully_shard": "cpu"}, ValueError, "fully_shard is 'cpu'; use True, or a DeviceMesh"),
+        (
+            "qwen_image",
+            {"fully_shard": True, "cuda_graphs": True},
+            ValueError,
+            "this is one of several ranks",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(
@@ -395,61 +478,168 @@ def test_what_cannot_be_is_refused(
         assert said in sentence
 
 
+def test_a_mesh_is_for_the_ranks_that_it_has(ranks: Ranks) -> None:
+    _, other = ranks.run(one_alone, converted("qwen_image"))
+    assert "The mesh of fully_shard does not have rank 1, which loads a DiT too." in other
+
+
+def one_alone(folder: Path) -> str:
+    mesh = config_of("one")
+    if torch.distributed.get_rank() == 0:
+        return ""
+    with pytest.raises(ValueError, match="does not have rank") as raised:
+        load_component(folder, "transformer", device=device(), fully_shard=mesh)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(("heads", "degree", "anything", "fits"), [
+    (24, 2, False, True), (24, 5, False, False), (24, 5, True, True), (2, 3, True, False), (40, 16, True, False),
+])  # fmt: skip
+def test_heads_that_ulysses_can_divide(heads: int, degree: int, anything: bool, fits: bool) -> None:
+    from diffusers import ContextParallelConfig
+
+    config = ContextParallelConfig(ulysses_degree=degree, ulysses_anything=anything)
+    if fits:
+        check_heads(config, heads, "it")
+        return
+    with pytest.raises(LoadError, match=f"it has {heads} attention heads, which ulysses_degree={degree} cannot divide"):
+        check_heads(config, heads, "it")
+
+
+def test_heads_that_slices_cannot_divide(ranks: Ranks, tmp_path: Path) -> None:
+    folder = copied(converted("qwen_image"), tmp_path / "odd")
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    (folder / "transformer" / "config.json").write_text(json.dumps({**config, "num_attention_heads": 3}))
+    for sentence in ranks.run(refused, folder, "transformer", {"parallel_config": "tensor 2"}, LoadError):
+        assert "transformer has 3 attention heads, which 2 ranks cannot share equally" in sentence
+
+
 def test_blocks_are_not_cut(ranks: Ranks) -> None:
     folder = converted("qwen_image", weight_block_size=(256, 256))
-    for sentence in ranks.run(refused, folder, "transformer", {"parallel_config": "two"}, LoadError):
+    for sentence in ranks.run(refused, folder, "transformer", {"parallel_config": "tensor 2"}, LoadError):
         assert "attn.to_q.weight would be cut within its blocks of 256; use fewer ranks, or convert it with" in sentence
 
 
 def test_a_text_encoder_is_not_divided(ranks: Ranks) -> None:
-    for options in ({"parallel_config": "context"}, {"fully_shard": True}):
+    for options in ({"parallel_config": "ulysses 2"}, {"fully_shard": True}):
         for sentence in ranks.run(refused, converted("qwen_image"), "text_encoder", options, LoadError):
-            assert "divide DiTs that are loaded with W8A8 linears, and text_encoder is none" in sentence
+            assert "text_encoder cannot be divided: parallel_config and fully_shard are for DiTs" in sentence
+
+
+def lone(folder: Path) -> str:
+    load_component(folder, device=device(), fully_shard=True)
+    return report(load_component(folder, device=device(), fully_shard=True)).components[0].notes[-1]
+
+
+def test_a_lone_dit_is_divided(ranks: Ranks, tmp_path: Path) -> None:
+    convert(saved("z_image") / "transformer", tmp_path / "dit")
+    assert set(ranks.run(lone, tmp_path / "dit")) == {
+        "parameters are spread over 2 ranks, and this is what one of them holds"
+    }
 
 
 def given_whole(folder: Path) -> str:
-    from diffusers import ContextParallelConfig
-
     dit = load_component(folder, "transformer", device=device())
-    config = ContextParallelConfig(ulysses_degree=2)
+    config = config_of("ulysses 2")
     with pytest.raises(ValueError, match="save_as is for one process"):
         load_pipeline(folder, device=device(), save_as="nowhere", parallel_config=config)
     with pytest.raises(LoadError) as raised:
-        load_pipeline(folder, device=device(), transformer=dit, parallel_config=config)
+        load_pipeline(folder, device=device(), transformer_2=dit, parallel_config=config)
+    load_pipeline(folder, device=device(), transformer_2=None, parallel_config=config)
     return str(raised.value)
 
 
 def test_a_given_dit_is_not_left_whole(ranks: Ranks) -> None:
-    for sentence in ranks.run(given_whole, converted("qwen_image")):
-        assert "and transformer is none; leave them out, or divide it yourself" in sentence
+    for sentence in ranks.run(given_whole, converted("wan22")):
+        assert "transformer_2 cannot be divided: parallel_config and fully_shard are for DiTs" in sentence
+
+
+@pytest.mark.parametrize("scales", ["channel", "block"])
+def test_a_scale_that_another_rank_has_is_checked(ranks: Ranks, scales: str, tmp_path: Path) -> None:
+    folder = copied(uneven_fp8(scales), tmp_path / "damaged")
+    (file,) = folder.glob("transformer/*.safetensors")
+    with safe_open(file, "pt") as opened:
+        metadata, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    name = next(name for name in tensors if name.startswith("transformer_blocks.0.attn.to_q.weight_scale"))
+    tensors[name][-1] = float("nan")
+    save_file(tensors, file, metadata)
+    for sentence in ranks.run(refused, folder, "transformer", {"parallel_config": "tensor 2"}, LoadError):
+        assert name in sentence
+
+
+def with_gradients(folder: Path) -> str:
+    dit = load_component(folder, "transformer", device=device(), parallel_config=config_of("tensor 2"))
+    tokens = inputs("qwen_image")
+    dit(**tokens)  # nothing is trained, so nothing is in the way
+    tokens["hidden_states"].requires_grad_(True)
+    with pytest.raises(RuntimeError) as raised:
+        dit(**tokens)
+    return str(raised.value)
+
+
+def test_sliced_linears_have_no_gradients(ranks: Ranks) -> None:
+    for sentence in ranks.run(with_gradients, converted("qwen_image")):
+        assert "run the DiT under torch.no_grad()" in sentence
+
+
+def odd(folder: Path) -> str:
+    dit = load_component(folder, "transformer", device=device(), parallel_config=config_of("ulysses 2"))
+    tokens = inputs("qwen_image")
+    tokens["encoder_hidden_states"] = tokens["encoder_hidden_states"][:, :7]
+    with pytest.raises(ValueError, match="7 tokens") as raised:
+        dit(**tokens)
+    return str(raised.value)
+
+
+def test_tokens_that_ranks_cannot_share(ranks: Ranks) -> None:
+    for sentence in ranks.run(odd, converted("qwen_image")):
+        assert "encoder_hidden_states has 7 tokens, which 2 ranks cannot share equally; pass ulysses_any" in sentence
 
 
 def plainly(folder: Path) -> tuple[str, str, float]:
     """Through plain diffusers: context parallelism runs, tensor parallelism is refused before and after loading."""
-    from diffusers import ContextParallelConfig, QwenImageTransformer2DModel, TensorParallelConfig
+    from diffusers import ParallelConfig, QwenImageTransformer2DModel
 
-    context, tensor = ContextParallelConfig(ulysses_degree=2), TensorParallelConfig(tp_degree=2)
+    context, tensor = config_of("ulysses 2"), config_of("tensor 2")
     load = QwenImageTransformer2DModel.from_pretrained
     with pytest.raises(ValueError, match="tensor-parallel") as before:
         load(folder / "transformer", parallel_config=tensor, dtype=torch.bfloat16)
-    dit = load(folder / "transformer", dtype=torch.bfloat16).to(device())
-    with pytest.raises(ValueError, match="pass parallel_config") as after:
-        dit.enable_parallelism(config=tensor)
-    wanted = run(dit, "qwen_image")
-    dit.enable_parallelism(config=context)
+    whole = load(folder / "transformer", dtype=torch.bfloat16).to(device())
+    with pytest.raises(ValueError, match="tensor parallelism") as after:
+        whole.enable_parallelism(config=tensor)
+    wanted = run(whole, "qwen_image")
+    whole.enable_parallelism(config=context)
+    dit = load(
+        folder / "transformer", dtype=torch.bfloat16, parallel_config=ParallelConfig(context_parallel_config=context)
+    ).to(device())
     mask = torch.ones(1, 8, dtype=torch.bool, device=device())
-    return (
-        str(before.value),
-        str(after.value),
-        difference(run(dit, "qwen_image", **{MASK: mask}), wanted),
-    )
+    found = [difference(run(each, "qwen_image", **{MASK: mask}), wanted) for each in (whole, dit)]
+    return str(before.value), str(after.value), max(found)
 
 
 def test_plain_diffusers(ranks: Ranks) -> None:
     for before, after, found in ranks.run(plainly, converted("qwen_image")):
         assert "cannot be combined with a tensor-parallel" in before
-        assert "pass parallel_config=TensorParallelConfig(...) to load_pipeline" in after
+        assert "is quantized, which cannot be combined with tensor parallelism" in after
         assert found < 4e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_map_of_plain_diffusers_over_two_gpus() -> None:
+    from diffusers import DiffusionPipeline, QwenImageTransformer2DModel
+
+    folder = converted("qwen_image")
+    load, options = DiffusionPipeline.from_pretrained, {"dtype": torch.bfloat16}
+    wanted = runs.run(runs.quiet(load(folder, **options).to("cuda:0")), "qwen_image")
+    balanced = load(folder, device_map="balanced", **options)
+    assert torch.equal(runs.run(runs.quiet(balanced), "qwen_image"), wanted)
+    one = QwenImageTransformer2DModel.from_pretrained(folder / "transformer", **options).to("cuda:0")
+    places = {name: 0 for name, _ in one.named_children()} | {"transformer_blocks.0": 0, "transformer_blocks.1": 1}
+    del places["transformer_blocks"]
+    both = QwenImageTransformer2DModel.from_pretrained(folder / "transformer", device_map=places, **options)
+    assert {p.device.index for p in both.parameters()} == {0, 1}
+    assert torch.equal(run(both, "qwen_image"), run(one, "qwen_image"))
 
 
 def test_one_process_alone_is_told_how_to_start_several() -> None:

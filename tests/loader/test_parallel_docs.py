@@ -12,12 +12,18 @@ import torch
 from PIL import Image
 from runs import converted
 
+from fp8_convert.loader import fill
+
 PAGE = Path(__file__).parents[2] / "docs" / "parallel.md"
 HERE = {  # what a machine without two GPUs types instead
     'torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))': "import ranks; ranks.stand_in_for_an_accelerator()",
     '"nccl"': '"gloo"',
     'torch.Generator("cuda")': "torch.Generator()",
 }
+
+
+def test_the_buffers_are_those_of_the_loader() -> None:
+    assert f" {fill._SPANS} of {fill._SPAN_BYTES >> 20} MiB\n" in PAGE.read_text()
 
 
 def test_its_program(tmp_path: Path) -> None:

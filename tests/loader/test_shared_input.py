@@ -1,8 +1,10 @@
 """q, k and v that share their input: the bits of each alone, one quantisation, and nothing shared that must not be."""
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +14,13 @@ import pipelines
 import pytest
 import torch
 from layers import quantized
+from runs import converted
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fp8_convert.converter import convert
 from fp8_convert.converter.format.layout import WeightFormat
-from fp8_convert.loader import load_pipeline
+from fp8_convert.loader import load_component, load_pipeline
 from fp8_convert.loader.install import install
 from fp8_convert.loader.shared_input import SharedInput, groups_of, settle, share_inputs, side_by_side
 
@@ -282,3 +285,23 @@ def test_every_attention_of_a_pipeline_is_a_group(name: str, tmp_path: Path, dev
     assert list(before) == list(after)
     settle(pipe.transformer)
     assert isinstance(groups[0], SharedInput)
+
+
+@pytest.mark.parametrize(("name", "component"), [
+    ("qwen_image", "transformer"), ("z_image", "transformer"), ("wan22", "transformer"), ("qwen_image", "vae"),
+    ("qwen_image", "text_encoder"),
+])  # fmt: skip
+def test_a_model_goes_with_the_last_name_for_it(name: str, component: str) -> None:
+    """Without waiting for the garbage collector, or a GPU's memory would not be free when it is asked for."""
+    gc.collect()
+    gc.disable()
+    try:
+        model = load_component(converted(name), component, device="cpu", backend="scaled_mm")
+        for members in [group.members for group in groups_of(model)]:
+            x = torch.ones(2, 3, members[0].in_features, dtype=torch.bfloat16)
+            assert all(member(x).shape[-1] == member.out_features for member in members)
+        held = [weakref.ref(module) for module in model.modules()]
+        model = members = None
+        assert not [ref() for ref in held if ref() is not None]
+    finally:
+        gc.enable()

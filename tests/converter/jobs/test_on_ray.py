@@ -270,6 +270,7 @@ from fp8_convert.converter.jobs.job import Job
 from fp8_convert.converter.jobs.on_ray import Need, OnRay
 os.remove("other.py")
 place = OnRay(None, 1, False, None)
+print(place._conversion({}, 0).cpus, place._conversion({"workers": 4}, 0).cpus)
 place._submit(Job(1, "a", "b"), attempt, Need(1, 10**8))
 (outcome,) = place.finished(60)
 place.close()
@@ -280,7 +281,9 @@ print(outcome.again, outcome.error)
     run = subprocess.run(
         [sys.executable, "-W", "ignore", str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
-    assert run.stdout.startswith("False its worker could not begin it ("), run
+    declared, said = run.stdout.split("\n", 1)
+    assert declared == "1 4"
+    assert said.startswith("False its worker could not begin it ("), run
     assert "install the same fp8-convert everywhere" in run.stdout
 
 
