@@ -1,11 +1,16 @@
 """Tests marked `gpu` are skipped without a CUDA device that multiplies FP8; property tests have no deadline.
 
 A background shell, and some CI, let its children ignore SIGINT; those of the tests must heed it, so this process does.
+Workers of pytest-xdist share the cores: threads of PyTorch that wait for each other on a busy one take much longer.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))  # before PyTorch reads it
 
 import pytest
 import torch

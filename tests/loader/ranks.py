@@ -22,6 +22,7 @@ class Ranks:
     """The processes; `run` calls a function of a test's module in each of them and returns what each returned."""
 
     def __init__(self, device_type: str) -> None:
+        self.device_type = device_type
         self._home = tempfile.TemporaryDirectory(prefix="fp8-convert-ranks-")
         context = multiprocessing.get_context("spawn")
         self._pipes, self._processes = [], []
