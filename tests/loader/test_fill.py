@@ -6,13 +6,15 @@ from itertools import pairwise
 from unittest import mock
 
 import pytest
+import torch
 from diffusers.utils import logging as diffusers_logging
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import converted
+from runs import assert_same_weights, converted
 
 from fp8_convert.converter.format.header import TensorInfo, encode_header, parse_header
 from fp8_convert.converter.snapshot.snapshot import Shard
+from fp8_convert.converter.stream.reading import BufferPool
 from fp8_convert.loader import fill, load_component
 from fp8_convert.loader.fill import _Piece, _Pieces, _Wanted
 
@@ -70,3 +72,26 @@ def test_who_wants_no_bars_of_diffusers_gets_none_of_ours(monkeypatch: pytest.Mo
     finally:
         diffusers_logging.enable_progress_bar()
     assert not out.getvalue()
+
+
+class _Event:
+    """Of a stream on which everything is done at once: the CPU's."""
+
+    def record(self, stream: object) -> None: ...
+    def synchronize(self) -> None: ...
+
+
+@pytest.mark.parametrize("span", [1000, 4096, 1 << 20])
+@pytest.mark.parametrize("name", ["z_image", "qwen_image"])
+def test_spans_through_buffers_give_what_reading_in_place_gives(
+    monkeypatch: pytest.MonkeyPatch, name: str, span: int
+) -> None:
+    """The way onto a GPU, with spans of a few tensors and of pieces of one, on the CPU."""
+    folder = converted(name, max_shard_size="1MB")
+    wanted = load_component(folder, "transformer", device="cpu")
+    monkeypatch.setattr(fill, "_read_in_place", fill._read_through_pinned)
+    monkeypatch.setattr(fill, "BufferPool", lambda size, count, pinned: BufferPool(size, count, pinned=False))
+    monkeypatch.setattr(fill, "_SPAN_BYTES", span)
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    assert_same_weights(load_component(folder, "transformer", device="cpu"), wanted)
