@@ -5,12 +5,18 @@ rank's mask for all ranks', or has NaN of it.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from ..converter.telling.errors import LoadError
+
+# Arguments that say which tokens attention sees, and how much. Other masks of diffusers' models are no such.
+_MASKS = (
+    "encoder_hidden_states_mask", "encoder_attention_mask", "audio_encoder_attention_mask", "video_self_attention_mask",
+)  # fmt: skip
+# Inputs that a plan divides at the first block, and that come to it with as many tokens as they are given.
+_AT_THE_BLOCKS = {"QwenImageTransformer2DModel": ("hidden_states", "encoder_hidden_states")}
 
 
 def check_heads(config: Any, heads: int, label: str) -> None:
@@ -30,52 +36,44 @@ def check_heads(config: Any, heads: int, label: str) -> None:
 def watch_inputs(model: Any) -> None:
     """Check the model's inputs before each forward under context parallelism, however that was enabled."""
     if getattr(model, "_cp_plan", None) is not None:
-        model.register_forward_pre_hook(_Inputs(type(model)), with_kwargs=True)
+        model.register_forward_pre_hook(_check_inputs, with_kwargs=True)
 
 
-class _Inputs:
-    """The hook: drops masks that mask nothing and refuses others, and inputs whose tokens cannot be divided."""
-
-    def __init__(self, cls: Any) -> None:
-        self.names = [*inspect.signature(cls.forward).parameters][1:]
-        self.masks = [name for name in self.names if name.endswith("_mask")]
-        self.divided = dict(_divided(cls._cp_plan))
-
-    def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        config = model._parallel_config and model._parallel_config.context_parallel_config
-        if config is None:
-            return None
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        for name, (dim, dims) in self.divided.items():
-            _check_tokens(name, given.get(name), dim, dims, config)
-        for name in self.masks:
-            if given.get(name) is not None:
-                _check_mask(name, given[name])
-                given[name] = None
-        return (), given
-
-
-def _divided(plan: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, int | None]]]:
-    """The inputs that a plan divides: along which dimension, of tensors of how many."""
-    for inputs in plan.values():
-        for name, how in inputs.items() if isinstance(inputs, Mapping) else ():
-            if isinstance(name, str) and not isinstance(how, list | tuple):
-                yield name, (how.split_dim, how.expected_dims)
+def _check_inputs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """The hook: drops masks that mask nothing and refuses others, and tokens that cannot be divided."""
+    config = model._parallel_config and model._parallel_config.context_parallel_config
+    if config is None:
+        return None
+    bound = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs)
+    given = bound.arguments
+    plan = model._cp_plan
+    at_blocks = [
+        names for name, names in _AT_THE_BLOCKS.items() if any(c.__name__ == name for c in type(model).__mro__)
+    ]
+    for name in (*plan.get("", ()), *(at_blocks[0] if at_blocks else ())):
+        how = next((inputs[name] for inputs in plan.values() if isinstance(inputs, dict) and name in inputs), None)
+        _check_tokens(name, given.get(name), how, config)
+    for name in _MASKS:
+        if given.get(name) is not None:
+            _check_mask(name, given[name])
+            given[name] = None
+    return bound.args[1:], bound.kwargs
 
 
-def _check_tokens(name: str, value: Any, dim: int, dims: int | None, config: Any) -> None:
+def _check_tokens(name: str, value: Any, how: Any, config: Any) -> None:
     ranks = config.ulysses_degree * config.ring_degree
-    anything = config.ulysses_anything or config.ring_anything
-    if isinstance(value, Tensor) and value.dim() == dims and value.shape[dim] % ranks and not anything:
+    if config.ulysses_anything or config.ring_anything or not isinstance(value, Tensor):
+        return
+    if value.dim() == getattr(how, "expected_dims", None) and value.shape[how.split_dim] % ranks:
         way = "ulysses" if config.ulysses_degree > 1 else "ring"
         raise ValueError(
-            f"{name} has {value.shape[dim]} tokens, which {ranks} ranks cannot share equally; pass {way}_anything=True "
-            "to ContextParallelConfig."
+            f"{name} has {value.shape[how.split_dim]} tokens, which {ranks} ranks cannot share equally; pass "
+            f"{way}_anything=True to ContextParallelConfig."
         )
 
 
 def _check_mask(name: str, mask: Any) -> None:
-    if not bool(mask.all()):
+    if not bool((mask == 1).all()):
         raise ValueError(
             f"{name} leaves tokens out, of which diffusers' attention makes NaN or something else under context "
             "parallelism; run prompts of one length, or one at a time."

@@ -47,7 +47,8 @@ _DTYPES = {
 class _Arriving:
     """A tensor that is on its way: `memory` is uint8, or of the final dtype where chunks are cast as they come.
 
-    part: what of the tensor the memory is for, None for all of it. missing: bytes of the memory that are to come.
+    part: what of the tensor the memory is for, None for all of it. missing: how many of the tensor's bytes are to come,
+    of which a part may need some alone.
     """
 
     info: TensorInfo
@@ -79,6 +80,7 @@ class Filler:
         self._modules = dict(model.named_modules())
         self._parts = parts or {}
         self._arriving: dict[str, _Arriving] = {}
+        self._to_come: dict[str, int] = {}  # bytes of tensors that are not read as a whole
         self._host_scales: dict[str, bytearray] = {}
         self._scales: dict[str, Tensor] = {}  # those from files, in host memory
 
@@ -96,20 +98,29 @@ class Filler:
                     "floating-point one; give a snapshot with its BF16, FP16 or FP32 weight."
                 )
 
-    def to_read(self, info: TensorInfo) -> list[tuple[int, int]]:
-        """The ranges of a tensor's bytes that are wanted of its file; none of one that the model does not have, which
-        is then `unexpected`, and of an empty one, which is then set.
+    def wants(self, info: TensorInfo) -> bool:
+        """Whether bytes of the tensor are wanted: none of one that the model does not have, which is then `unexpected`,
+        and of an empty one, which is then set.
         """
         if self._place(info) is None:
             self.unexpected.append(info.name)
+            return False
+        part = self._part(info)
+        if info.nbytes and (part is None or prod(part.shape)):
+            return True
+        arriving = self._expect(info)
+        self._set(info, arriving.memory, arriving.part)
+        del self._arriving[info.name]
+        return False
+
+    def to_read(self, info: TensorInfo) -> list[tuple[int, int]]:
+        """The ranges of the tensor's bytes that are wanted of its file; these alone are then to come."""
+        if not self.wants(info):
             return []
         part = self._part(info)
-        if part is None or self._is_scale(info):  # a scale is checked whole
-            ranges = [(0, info.nbytes)] if info.nbytes else []
-        else:
-            ranges = part.to_read(info.itemsize)
-        if not ranges:
-            self.write(info, 0, torch.empty(0, dtype=torch.uint8))
+        whole = part is None or self._is_scale(info)  # a scale is checked whole
+        ranges = [(0, info.nbytes)] if part is None or whole else part.to_read(info.itemsize)
+        self._to_come[info.name] = sum(stop - start for start, stop in ranges)
         return ranges
 
     def memory(self, info: TensorInfo) -> Tensor | None:
@@ -118,7 +129,7 @@ class Filler:
         return arriving.memory if arriving.part is None else None
 
     def wrote(self, name: str, count: int) -> None:
-        """Says that `count` more bytes of the memory are there; the last ones put the tensor into the model."""
+        """Says that `count` more of the tensor's bytes are there; the last ones put it into the model."""
         arriving = self._arriving[name]
         arriving.missing -= count
         if arriving.missing == 0:
@@ -133,7 +144,8 @@ class Filler:
             # A chunk may end within a number, so the bytes are gathered and checked once all are there; of a part, all.
             host = self._host_scales.setdefault(info.name, bytearray(info.nbytes))
             host[offset : offset + data.numel()] = data.numpy().data
-        self._copy(arriving, info.itemsize, offset, data, non_blocking)
+        _copy(arriving, info.itemsize, offset, data, non_blocking)
+        self.wrote(info.name, data.numel())
 
     def write_cast(self, info: TensorInfo, offset: int, data: Tensor) -> None:
         """As `write`, for chunks that hold whole elements: they are cast to the final dtype one by one, so that a
@@ -146,8 +158,9 @@ class Filler:
         arriving = self._expect(info, final)
         if data.data_ptr() % info.itemsize:
             data = data.clone()  # odd-sized neighbours in the file left it unaligned
-        cast = data.view(_DTYPES[info.dtype]).to(final)
-        self._copy(arriving, final.itemsize, offset // info.itemsize * final.itemsize, cast.view(torch.uint8), False)
+        cast = data.view(_DTYPES[info.dtype]).to(final).view(torch.uint8)
+        _copy(arriving, final.itemsize, offset // info.itemsize * final.itemsize, cast)
+        self.wrote(info.name, data.numel())
 
     def _expect(self, info: TensorInfo, dtype: torch.dtype = torch.uint8) -> _Arriving:
         """A tensor whose first bytes arrive gets its memory. dtype: uint8 for the bytes as they are."""
@@ -159,18 +172,9 @@ class Filler:
             numel = info.numel if part is None else prod(part.shape)
             count = numel * info.itemsize if dtype == torch.uint8 else numel
             memory = torch.empty(count, dtype=dtype, device=self.device)
-            arriving = self._arriving[info.name] = _Arriving(info, memory, part, memory.nbytes)
+            to_come = self._to_come.get(info.name, info.nbytes)
+            arriving = self._arriving[info.name] = _Arriving(info, memory, part, to_come)
         return arriving
-
-    def _copy(self, arriving: _Arriving, itemsize: int, offset: int, data: Tensor, non_blocking: bool) -> None:
-        """itemsize: of the memory's elements, whose bytes `offset` counts."""
-        info, memory = arriving.info, arriving.memory.view(torch.uint8)
-        if arriving.part is None:
-            memory[offset : offset + data.numel()].copy_(data, non_blocking=non_blocking)
-            copied = data.numel()
-        else:
-            copied = arriving.part.copy(itemsize, memory, offset, data, non_blocking)
-        self.wrote(info.name, copied)
 
     def _part(self, info: TensorInfo) -> Part | None:
         part = self._parts.get(self.names[info.name])
@@ -259,6 +263,15 @@ class Filler:
             module.shared.settle(leaf)
 
 
+def _copy(arriving: _Arriving, itemsize: int, offset: int, data: Tensor, non_blocking: bool = False) -> None:
+    """To the memory, of whose elements `itemsize` and `offset` count the bytes."""
+    memory = arriving.memory.view(torch.uint8)
+    if arriving.part is None:
+        memory[offset : offset + data.numel()].copy_(data, non_blocking=non_blocking)
+    else:
+        arriving.part.copy(itemsize, memory, offset, data, non_blocking)
+
+
 @dataclass(frozen=True)
 class _Piece:
     """Bytes [start, stop) of a shard's data section that are wanted, all of one tensor."""
@@ -308,7 +321,7 @@ def fill_from_stream(filler: Filler, plan: ComponentPlan, supply: Supply, engine
     """Converts the component on the way in; the bytes are those of the offline conversion."""
     progress.start(sum(info.nbytes for shard in plan.shards for info in shard.schedule.outputs))
     for stream in convert_component(plan, supply, engine):
-        wanted = {info.name: info for info in stream.plan.schedule.outputs if filler.to_read(info)}
+        wanted = {info.name: info for info in stream.plan.schedule.outputs if filler.wants(info)}
         for chunk in stream.chunks:
             if chunk.name in wanted:
                 filler.write_cast(wanted[chunk.name], chunk.offset, chunk.data)

@@ -32,22 +32,22 @@ class Part:
             return []
         return self._bytes(self._row(itemsize)) if self.dim == 0 else [(0, self.whole[0] * self._row(itemsize))]
 
-    def copy(self, itemsize: int, memory: Tensor, offset: int, data: Tensor, non_blocking: bool = False) -> int:
+    def copy(self, itemsize: int, memory: Tensor, offset: int, data: Tensor, non_blocking: bool = False) -> None:
         """Copy to `memory`, the part's bytes, what belongs to it of `data`: the whole tensor's bytes from `offset` on.
 
-        Both uint8 [n]; `data` may end within a row or a number. Returns how many bytes were copied.
+        Both uint8 [n]; `data` may end within a row or a number.
         """
         row = self._row(itemsize)
         if self.dim == 0:
-            return _copy(self._bytes(row), memory, offset, data, non_blocking)
+            _copy(self._bytes(row), memory, offset, data, non_blocking)
+            return
         if data.device != memory.device:
             data = data.to(memory.device, non_blocking=non_blocking)  # whole rows at once, and of these the columns
         columns = self._bytes(itemsize)
-        rows, copied = memory.view(self.whole[0], itemsize * self.shape[1]), 0
+        rows = memory.view(self.whole[0], itemsize * self.shape[1])
         for first, count, start, stop in _rectangles(offset, offset + data.numel(), row):
             source = data[first * row + start - offset :][: count * (stop - start)].view(count, -1)
-            copied += count * _copy(columns, rows[first : first + count].T, start, source.T, non_blocking)
-        return copied
+            _copy(columns, rows[first : first + count].T, start, source.T, non_blocking)
 
     def _row(self, itemsize: int) -> int:
         """Bytes of a row of the whole tensor."""
@@ -75,17 +75,15 @@ def in_place_of(old: Tensor, held: Tensor) -> Tensor:
     )
 
 
-def _copy(ranges: Sequence[tuple[int, int]], memory: Tensor, offset: int, data: Tensor, non_blocking: bool) -> int:
-    """Copy the ranges of `data`, which begins at `offset`, to `memory`, along the first dimension; returns how much."""
-    copied = place = 0
+def _copy(ranges: Sequence[tuple[int, int]], memory: Tensor, offset: int, data: Tensor, non_blocking: bool) -> None:
+    """Copy the ranges of `data`, which begins at `offset`, to `memory`, along the first dimension."""
+    place = 0
     for low, high in ranges:
         start, stop = max(low, offset), min(high, offset + len(data))
         if start < stop:
             to = place + start - low
             memory[to : to + stop - start].copy_(data[start - offset : stop - offset], non_blocking=non_blocking)
-            copied += stop - start
         place += high - low
-    return copied
 
 
 def _rectangles(start: int, stop: int, row: int) -> Iterator[tuple[int, int, int, int]]:

@@ -108,13 +108,13 @@ def load_pipeline(
         _convert_to(source, save_as, wanted, access, target.device)
         access = HubAccess()
         (snapshot, files), wanted = open_snapshot(save_as, access), None
-    root = _fetch(snapshot, files, wanted, access, verify)
     planned = plan_for(snapshot, wanted)
     _check_merged(given, planned)
     to_load = [c for c in snapshot.components if c.name not in given and (c.name in planned or is_converted(c))]
     dits = [component for component in to_load if is_dit(component, planned)]
     others = {c.name for c in snapshot.components if c not in dits and c.name not in given}
     ranks.check(dits, sorted(others | {name for name, part in given.items() if part is not None}), snapshot.label)
+    root = _fetch(snapshot, files, wanted, access, verify)
     components = {**given, **{component.name: load(component, root, planned, target) for component in to_load}}
     pipe = assemble(root, components, target.dtype, variant).to(target.device)
     if high_precision_steps is not None:
@@ -166,12 +166,12 @@ def load_component(
     if name not in names:
         raise LoadError(f"{snapshot.label} has no component {name!r} with weights; it has {', '.join(names)}.")
     wanted = request.of(snapshot, files, name)
-    root = _fetch(snapshot, files, wanted, access, verify)
     planned = plan_for(snapshot, wanted)
     found = next(c for c in snapshot.components if c.name == name)
     if name not in planned and not is_converted(found):
         raise LoadError(f"{found.label} of {snapshot.label} has no FP8 weights; load it with from_pretrained.")
     ranks.check([found] if is_dit(found, planned) else [], (), found.label)
+    root = _fetch(snapshot, files, wanted, access, verify)
     model = load(found, root, planned, target)
     _log(f"{type(model).__name__} ({found.label})", snapshot, root, target.device)
     return model

@@ -43,7 +43,8 @@ _AT_ONCE = 2  # groups that may be under way in one thread: a model may call tho
 class _Kept:
     """What one linear of a group has computed for the others, and for whom it is.
 
-    waiting: the others that have not been called yet, each with its result where that is there already.
+    waiting: the others that have not been called yet, by id so that none is kept alive, each with its result where that
+    is there already.
     """
 
     group: "SharedInput"
@@ -51,13 +52,13 @@ class _Kept:
     version: int
     stream: int
     quantized: Quantized
-    waiting: "dict[W8A8LinearMixin, Tensor | None]"
+    waiting: dict[int, Tensor | None]
 
     def is_of(self, x: Tensor) -> bool:
         return self.x() is x and self.version == x._version and self.stream == _stream(x)
 
     def take(self, member: "W8A8LinearMixin", kind: Product) -> Tensor:
-        out = self.waiting.pop(member)
+        out = self.waiting.pop(id(member))
         if not self.waiting:
             _here.kept.remove(self)
         return _multiply(member, kind, self.quantized) if out is None else out
@@ -96,13 +97,14 @@ class SharedInput:
             return None
         for kept in _here.kept:
             if kept.group is self:
-                if member in kept.waiting and kept.is_of(x):
+                if id(member) in kept.waiting and kept.is_of(x):
                     return kept.take(member, kind)
                 kept.abandon()
                 break
-        if self.apart or not self._agree():
-            return None
-        return self._begin(member, kind, x)
+        members = self.members
+        if self.apart or len(members) < 2 or member not in members or not self._agree(members):
+            return None  # a copy of a member has its group, and is none
+        return self._begin(members, member, kind, x)
 
     def settle(self, *leaves: str) -> None:
         """Put the members' tensors of these names (codes, biases and scales) side by side, once all are on one CUDA
@@ -118,10 +120,13 @@ class SharedInput:
             for tensor, piece in zip(held, torch.split(joint, [len(t) for t in held]), strict=True):
                 tensor.data = piece
 
-    def _begin(self, member: "W8A8LinearMixin", kind: Product, x: Tensor) -> Tensor:
+    def _begin(
+        self, members: "tuple[W8A8LinearMixin, ...]", member: "W8A8LinearMixin", kind: Product, x: Tensor
+    ) -> Tensor:
         flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        rows, members = flat.shape[0], self.members
-        waiting: dict[W8A8LinearMixin, Tensor | None] = dict.fromkeys(members)
+        rows = flat.shape[0]
+        ids = [id(each) for each in members]
+        waiting: dict[int, Tensor | None] = dict.fromkeys(ids)
         joint = self._joint(members, rows, x.dtype) if rows <= _JOINT_TOKENS else None
         quantized = quantize(kind, flat, member.scale, member.static_scale, kept=joint is not None)
         if joint is not None:
@@ -129,16 +134,15 @@ class SharedInput:
             # Each contiguous, as if computed alone: operations on slices of a row, such as `cat`, take several times as
             # long as this copy.
             outputs = out.view(rows, len(members), -1).transpose(0, 1).contiguous()
-            waiting = dict(zip(members, outputs.unbind(), strict=True))
-        mine = waiting.pop(member)
+            waiting = dict(zip(ids, outputs.unbind(), strict=True))
+        mine = waiting.pop(id(member))
         if len(_here.kept) == _AT_ONCE:
             _here.kept[0].abandon()
         _here.kept.append(_Kept(self, weakref.ref(x), x._version, _stream(x), quantized, waiting))
         return _multiply(member, kind, quantized) if mine is None else mine
 
-    def _agree(self) -> bool:
+    def _agree(self, members: "tuple[W8A8LinearMixin, ...]") -> bool:
         """Whether all members have the same single scales, of which the quantised activations depend."""
-        members = self.members
         first = members[0]
         scales = [] if first.scale.dim() else [m.scale for m in members]
         if first.static_scale is not None:

@@ -29,11 +29,9 @@ def test_any_pieces_give_the_part(part: Part, itemsize: int, data: st.DataObject
     wanted = np.concatenate([np.take(elements, range(*pair), part.dim) for pair in part.ranges], part.dim)
     assert part.shape == wanted.shape[:-1]
     memory = torch.full((itemsize * prod(part.shape),), 255, dtype=torch.uint8)
-    copied = 0
     cuts = sorted({0, size, *data.draw(st.lists(st.integers(0, size), max_size=8))})
     for start, stop in pairwise(cuts):
-        copied += part.copy(itemsize, memory, start, torch.from_numpy(raw[start:stop].copy()))
-    assert copied == memory.numel()
+        part.copy(itemsize, memory, start, torch.from_numpy(raw[start:stop].copy()))
     assert memory.numpy().tobytes() == wanted.tobytes()
 
 

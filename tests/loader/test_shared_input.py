@@ -22,7 +22,7 @@ from fp8_convert.converter import convert
 from fp8_convert.converter.format.layout import WeightFormat
 from fp8_convert.loader import load_component, load_pipeline
 from fp8_convert.loader.install import install
-from fp8_convert.loader.shared_input import SharedInput, groups_of, settle, share_inputs, side_by_side
+from fp8_convert.loader.shared_input import SharedInput, _here, groups_of, settle, share_inputs, side_by_side
 
 KINDS = {"tensor": (None, "dynamic"), "channel": ("channel", "dynamic"), "block": (128, "dynamic"),
          "static": (None, "static")}  # fmt: skip
@@ -305,3 +305,22 @@ def test_a_model_goes_with_the_last_name_for_it(name: str, component: str) -> No
         assert not [ref() for ref in held if ref() is not None]
     finally:
         gc.enable()
+
+
+def test_a_copy_of_a_member_is_none(device: torch.device) -> None:
+    together, alone = Attention("tensor", device), Attention("tensor", device, share=False)
+    x = tokens(100, device)
+    copied = copy.copy(together.to_q)
+    assert torch.equal(copied(x), alone.to_q(x))
+    assert equal(together(x), alone(x))
+    del together
+    assert torch.equal(copied(x), alone.to_q(x))  # the others are gone
+    assert not any(kept.waiting for kept in _here.kept if kept.group is copied.shared)
+
+
+def test_what_a_run_that_stopped_leaves_keeps_no_model(device: torch.device) -> None:
+    together = Attention("tensor", device)
+    together.to_q(tokens(100, device))  # and then no memory for k, say
+    held = weakref.ref(together.to_k)
+    del together
+    assert held() is None
