@@ -28,6 +28,7 @@ def spread_parameters(model: Any, mesh: Any, label: str) -> dict[str, Part]:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)  # what lies outside the blocks too
     model._repeated_blocks = sorted({type(block).__name__ for block in blocks})  # FSDP renames them
     model.save_pretrained = refuse_saving
+    model.enable_group_offload = refuse_offloading
     rank, count = mesh.get_local_rank(), mesh.size()
     return {name: Part(tuple(shape), 0, (_share(shape[0], rank, count),)) for name, shape in shapes.items()}
 
@@ -37,6 +38,17 @@ def refuse_saving(*_: Any, **__: Any) -> None:
     raise NotImplementedError(
         "Each rank holds a share of the weights, which cannot be saved; copy the snapshot instead."
     )
+
+
+def keep_in_place(pipe: Any) -> None:
+    """Refuse what would move the DiTs of the pipeline."""
+    for way in ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload"):
+        setattr(pipe, way, refuse_offloading)
+
+
+def refuse_offloading(*_: Any, **__: Any) -> None:
+    """Stands in for what offloads a model whose weights are spread over ranks, or a pipeline with one."""
+    raise ValueError("Each rank holds a share of the DiT's weights, which cannot be offloaded; leave offloading out.")
 
 
 def _share(rows: int, rank: int, count: int) -> tuple[int, int]:

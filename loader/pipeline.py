@@ -28,6 +28,7 @@ from .assemble import accepted_arguments, assemble, pipeline_class
 from .backend import Backend
 from .checkpoint import check_digests, fetched, is_converted, open_snapshot
 from .component import Target, is_dit, load
+from .fully_sharded import keep_in_place
 from .parallel import choose_ranks
 from .settings import Planned, Request, Wanted, plan_for
 from .steps import check_steps, set_high_precision_steps
@@ -117,6 +118,8 @@ def load_pipeline(
     root = _fetch(snapshot, files, wanted, access, verify)
     components = {**given, **{component.name: load(component, root, planned, target) for component in to_load}}
     pipe = assemble(root, components, target.dtype, variant).to(target.device)
+    if ranks.mesh is not None:
+        keep_in_place(pipe)
     if high_precision_steps is not None:
         set_high_precision_steps(pipe, high_precision_steps)
     _log(type(pipe).__name__, snapshot, root, target.device)

@@ -163,6 +163,9 @@ def spread(folder: Path, name: str, options: dict[str, Any], context: bool) -> d
     assert "parameters are spread over 2 ranks, and this is what one of them holds" in str(report(pipe))
     with pytest.raises(NotImplementedError, match="copy the snapshot instead"):
         dit.save_pretrained("nowhere")
+    for offload in (pipe.enable_model_cpu_offload, pipe.enable_sequential_cpu_offload, dit.enable_group_offload):
+        with pytest.raises(ValueError, match="leave offloading out"):
+            offload()
     return {
         **found,
         "held": sum(here for here, _ in sizes) / sum(all_of for _, all_of in sizes),
