@@ -241,8 +241,8 @@ def sliced(folder: Path, name: str, options: dict[str, Any]) -> dict[str, Any]:
 def test_tensor_parallelism(ranks: Ranks, name: str, backend: str, scales: str) -> None:
     options = {} if scales == "tensor" else {"weight_block_size": (128, 128)}
     for found in ranks.run(sliced, converted(name, **options), name, {"backend": backend}):
-        assert found["eager"] < 2e-2, found
-        assert found["compiled"] < 2e-2, found
+        assert found["eager"] < 8e-3, found
+        assert found["compiled"] < 8e-3, found
         assert found["held"] < 0.8, found
         assert found["ok"]
 
