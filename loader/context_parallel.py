@@ -47,10 +47,9 @@ def _check_inputs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     bound = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs)
     given = bound.arguments
     plan = model._cp_plan
-    at_blocks = [
-        names for name, names in _AT_THE_BLOCKS.items() if any(c.__name__ == name for c in type(model).__mro__)
-    ]
-    for name in (*plan.get("", ()), *(at_blocks[0] if at_blocks else ())):
+    # By the class itself: FSDP puts one of another name before it.
+    at_blocks = next((names for cls in type(model).__mro__ if (names := _AT_THE_BLOCKS.get(cls.__name__))), ())
+    for name in (*plan.get("", ()), *at_blocks):
         how = next((inputs[name] for inputs in plan.values() if isinstance(inputs, dict) and name in inputs), None)
         _check_tokens(name, given.get(name), how, config)
     for name in _MASKS:

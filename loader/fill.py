@@ -90,11 +90,11 @@ class Filler:
             place, source = self._place(info), _DTYPES.get(info.dtype)
             if place is None or source is None or source.is_floating_point:
                 continue
-            part, leaf = place
-            expected = part._parameters.get(leaf)  # an FP8 weight's is an integer itself
+            module, leaf = place
+            expected = module._parameters.get(leaf)  # an FP8 weight's is an integer itself
             if expected is not None and expected.is_floating_point():
                 raise LoadError(
-                    f"{info.name} of {self.label} has the dtype {info.dtype}, and {type(part).__name__} needs a "
+                    f"{info.name} of {self.label} has the dtype {info.dtype}, and {type(module).__name__} needs a "
                     "floating-point one; give a snapshot with its BF16, FP16 or FP32 weight."
                 )
 
@@ -117,9 +117,8 @@ class Filler:
         """The ranges of the tensor's bytes that are wanted of its file; these alone are then to come."""
         if not self.wants(info):
             return []
-        part = self._part(info)
-        whole = part is None or self._is_scale(info)  # a scale is checked whole
-        ranges = [(0, info.nbytes)] if part is None or whole else part.to_read(info.itemsize)
+        part = None if self._is_scale(info) else self._part(info)  # a scale is checked whole
+        ranges = [(0, info.nbytes)] if part is None else part.to_read(info.itemsize)
         self._to_come[info.name] = sum(stop - start for start, stop in ranges)
         return ranges
 
@@ -144,7 +143,10 @@ class Filler:
             # A chunk may end within a number, so the bytes are gathered and checked once all are there; of a part, all.
             host = self._host_scales.setdefault(info.name, bytearray(info.nbytes))
             host[offset : offset + data.numel()] = data.numpy().data
-        _copy(arriving, info.itemsize, offset, data, non_blocking)
+        if arriving.part is None:
+            arriving.memory[offset : offset + data.numel()].copy_(data, non_blocking=non_blocking)
+        else:
+            arriving.part.copy(info.itemsize, arriving.memory, offset, data, non_blocking)
         self.wrote(info.name, data.numel())
 
     def write_cast(self, info: TensorInfo, offset: int, data: Tensor) -> None:
@@ -158,8 +160,12 @@ class Filler:
         arriving = self._expect(info, final)
         if data.data_ptr() % info.itemsize:
             data = data.clone()  # odd-sized neighbours in the file left it unaligned
-        cast = data.view(_DTYPES[info.dtype]).to(final).view(torch.uint8)
-        _copy(arriving, final.itemsize, offset // info.itemsize * final.itemsize, cast)
+        source, first = data.view(_DTYPES[info.dtype]), offset // info.itemsize
+        if arriving.part is None:
+            arriving.memory[first : first + source.numel()].copy_(source)
+        else:
+            memory, cast = arriving.memory.view(torch.uint8), source.to(final).view(torch.uint8)
+            arriving.part.copy(final.itemsize, memory, first * final.itemsize, cast)
         self.wrote(info.name, data.numel())
 
     def _expect(self, info: TensorInfo, dtype: torch.dtype = torch.uint8) -> _Arriving:
@@ -215,10 +221,10 @@ class Filler:
 
     def _place(self, info: TensorInfo) -> tuple[nn.Module, str] | None:
         path, _, leaf = self.names[info.name].rpartition(".")
-        part = self._modules.get(path)
-        if part is None or (leaf not in part._parameters and leaf not in part._buffers):
+        module = self._modules.get(path)
+        if module is None or (leaf not in module._parameters and leaf not in module._buffers):
             return None
-        return part, leaf
+        return module, leaf
 
     def _is_scale(self, info: TensorInfo) -> bool:
         place = self._place(info)
@@ -230,8 +236,8 @@ class Filler:
         source = _DTYPES.get(info.dtype)
         if place is None or source is None:
             return None
-        part, leaf = place
-        if isinstance(part, Fp8Weight) and leaf != "bias":
+        module, leaf = place
+        if isinstance(module, Fp8Weight) and leaf != "bias":
             return source
         return target_dtype(self.model, self.names[info.name], source, self.dtype)
 
@@ -261,15 +267,6 @@ class Filler:
             module._buffers[leaf] = tensor
         if isinstance(module, Fp8Weight) and module.shared is not None:
             module.shared.settle(leaf)
-
-
-def _copy(arriving: _Arriving, itemsize: int, offset: int, data: Tensor, non_blocking: bool = False) -> None:
-    """To the memory, of whose elements `itemsize` and `offset` count the bytes."""
-    memory = arriving.memory.view(torch.uint8)
-    if arriving.part is None:
-        memory[offset : offset + data.numel()].copy_(data, non_blocking=non_blocking)
-    else:
-        arriving.part.copy(itemsize, memory, offset, data, non_blocking)
 
 
 @dataclass(frozen=True)

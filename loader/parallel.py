@@ -114,18 +114,18 @@ def choose_ranks(parallel_config: Any, fully_shard: Any, device: torch.device) -
 def _configs(given: Any) -> tuple[Any, Any]:
     from diffusers import ContextParallelConfig, ParallelConfig, TensorParallelConfig
 
-    context = getattr(given, "context_parallel_config", None) if isinstance(given, ParallelConfig) else given
-    tensor = getattr(given, "tensor_parallel_config", None) if isinstance(given, ParallelConfig) else given
-    found = (
-        context if isinstance(context, ContextParallelConfig) else None,
-        tensor if isinstance(tensor, TensorParallelConfig) else None,
+    if given is None:
+        return None, None
+    if isinstance(given, ContextParallelConfig):
+        return given, None
+    if isinstance(given, TensorParallelConfig):
+        return None, given
+    if isinstance(given, ParallelConfig) and (given.context_parallel_config or given.tensor_parallel_config):
+        return given.context_parallel_config, given.tensor_parallel_config
+    raise SettingsError(
+        f"parallel_config is {given!r:.80}; use diffusers' ContextParallelConfig(ulysses_degree=2) or "
+        "TensorParallelConfig(tp_degree=2)."
     )
-    if given is not None and found == (None, None):
-        raise SettingsError(
-            f"parallel_config is {given!r:.80}; use diffusers' ContextParallelConfig(ulysses_degree=2) or "
-            "TensorParallelConfig(tp_degree=2)."
-        )
-    return found
 
 
 def _degree(config: Any) -> int:

@@ -94,12 +94,13 @@ def _unlisted(root: Path, listed: Collection[str]) -> Iterator[Finding]:
                 below.remove(name)
                 if count := sum(len(files) for _, _, files in os.walk(Path(where, name))):
                     yield Finding(
-                        f"{prefix}{name}/", f"is not in the record ({plural(count, 'file')})" + _of(prefix + name)
+                        f"{prefix}{name}/",
+                        f"is not in the record ({plural(count, 'file')})" + _next_step(prefix + name),
                     )
         below.sort()
 
 
-def _of(folder: str) -> str:
+def _next_step(folder: str) -> str:
     """What to do about a folder that is not in the record, after its finding."""
     return ": a conversion was interrupted, run its command again" if folder == layout.STAGING else ""
 
