@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 2 benchmarks/parallel.py [--json FILE] [--cases NAME...] [--folder /dev/shm/bench]
 
 Random weights of the published sizes are written as a BF16 snapshot and converted by the first rank; every rank then
-loads its share of either, as users do. Milliseconds are medians of a forward on all ranks together, the longest rank's;
-"compiled" is `compile_repeated_blocks()`. Differences are relative (norms): to the same weights on one GPU, and to BF16
-on one GPU. Gigabytes are the largest rank's.
+loads its share of either, as users do. Milliseconds are medians of a forward on all ranks together over two seconds or
+more, the longest rank's; "compiled" is `compile_repeated_blocks()`. Differences are relative (norms): to the same
+weights on one GPU, and to BF16 on one GPU. Gigabytes are the largest rank's.
 """
 
 import argparse
@@ -31,7 +31,8 @@ from fp8_convert.converter import convert
 from fp8_convert.loader import load_component
 
 STEP_S = 120  # after which a rank that waits for another gives up
-RUNS = 15
+RUNS = 15  # or as many as fill this time: for some tenths of a second the host may be busy with something else
+TIMED_S = 2.0
 MODES = ("eager", "compiled")
 
 
@@ -127,19 +128,22 @@ class Bench:
         peak = torch.cuda.max_memory_allocated() / 1e9 if DEVICE.type == "cuda" else 0.0
         if way == "one GPU":
             self.alone[what, mode] = out
-        times = []
-        for _ in range(RUNS):
-            dist.barrier()
-            synchronize()
-            started = time.perf_counter()
-            self.output(model)
-            synchronize()
-            times.append(1e3 * (time.perf_counter() - started))
-        found = {"ms": largest(statistics.median(times)), "resident_gb": largest(resident), "peak_gb": largest(peak)}
+        runs = max(RUNS, round(TIMED_S / largest(self.seconds(model))))
+        ms = 1e3 * largest(statistics.median(self.seconds(model) for _ in range(runs)))
+        found = {"ms": ms, "runs": runs, "resident_gb": largest(resident), "peak_gb": largest(peak)}
         for key, other in (("to_one", (what, mode)), ("to_bf16", ("bf16", mode))):
             if (wanted := self.alone.get(other)) is not None:
                 found[key] = largest(float((out - wanted).float().norm() / wanted.float().norm()))
         return found
+
+    def seconds(self, model: Any) -> float:
+        """Of one forward, which all ranks begin together."""
+        dist.barrier()
+        synchronize()
+        started = time.perf_counter()
+        self.output(model)
+        synchronize()
+        return time.perf_counter() - started
 
     def masked(self) -> None:
         """What diffusers' attention makes of a mask that masks nothing, in BF16 on several ranks: the share of NaN."""

@@ -1,9 +1,10 @@
-"""The tables of the documents, from what the benchmarks found on an H100: writes them between their marks.
+"""The tables of the documents, from what the benchmarks found on an H100 or H200: writes them between their marks.
 
     python benchmarks/tables.py
 
 A table called NAME stands between `<!-- table: NAME -->` and `<!-- end of table -->`. Its rows are those of
-results/BENCHMARK-h100*.json, the later file's where two have the same; a table without results is left as it is.
+results/BENCHMARK-h100*.json or -h200*.json, the later file's where two have the same; a table without results is left
+as it is.
 """
 
 import json
@@ -22,14 +23,16 @@ MODELS = {
     "qwen-60": "Qwen-Image, 60 blocks, 4096 + 256 tokens",
     "z-image": "Z-Image, the whole DiT, 4096 + 160 tokens",
     "wan-1": "Wan2.2, 1 block, 32,760 tokens",
+    "wan-2": "Wan2.2, 2 blocks, 32,760 tokens",
     "wan": "Wan2.2, one transformer, 32,760 tokens",
 }
+MODES = ("eager", "compiled")
 PEERS = {"layerwise casting": ("eager",), "torchao": ("eager", "compiled"), "SDNQ": ("eager", "compiled")}
 Row = dict[str, Any]
 
 
 def rows_of(benchmark: str) -> list[Row]:
-    files = sorted(RESULTS.glob(f"{benchmark}-h100*.json"), key=lambda file: (len(file.name), file.name))
+    files = sorted(RESULTS.glob(f"{benchmark}-h[12]00*.json"), key=lambda file: (len(file.name), file.name))
     return [row for file in files for row in json.loads(file.read_text())["rows"]]
 
 
@@ -123,7 +126,7 @@ def transformer(rows: list[Row]) -> str:
         of_case = [row for row in rows if row.get("case") == case]
         last = [r for c, r in _cases(rows) if c == case and r != "--compact"][-1]
         line = [_title(case, rule)]
-        for mode in ("eager", "compiled"):
+        for mode in MODES:
             line.append(number(found(of_case, what="bf16", mode=mode), "ms", 1))
         for mode in ("eager", "cuda graphs", "compiled"):
             line.append(number(found(of_case, what="ours", rule=rule, mode=mode), "ms", 1))
@@ -139,7 +142,7 @@ def saving(rows: list[Row]) -> str:
     for case, rule in _cases(rows):
         of_case = [row for row in rows if row.get("case") == case]
         bf16 = found(of_case, what="bf16", mode="eager")
-        eager, compiled = (found(of_case, what="ours", rule=rule, mode=mode) for mode in ("eager", "compiled"))
+        eager, compiled = (found(of_case, what="ours", rule=rule, mode=mode) for mode in MODES)
         realised = [number(eager, "saving_ms"), number(eager, "realised"), number(compiled, "realised")]
         pairs = [number(row, key, 1) for key in ("busy_ms", "resident_gb", "peak_gb") for row in (bf16, eager)]
         lines.append([_title(case, rule), *realised, *pairs])
@@ -155,7 +158,7 @@ def _title(case: str, rule: str) -> str:
 def text_encoder(rows: list[Row]) -> str:
     peers = [what for what in dict.fromkeys(row["what"] for row in rows) if what not in ("bf16", "ours")]
     lines = []
-    for mode in ("eager", "compiled"):
+    for mode in MODES:
         for tokens in dict.fromkeys(row["tokens"] for row in rows if "tokens" in row):
             bf16, ours = (found(rows, what=what, mode=mode, tokens=tokens) for what in ("bf16", "ours"))
             line = [f"{tokens}, {mode}", number(bf16, "ms"), number(ours, "ms")]
@@ -189,6 +192,26 @@ def load(rows: list[Row]) -> str:
     return table(["", "read by", "file GB", "seconds", "GB/s", "GPU GB", "MiB more while loading"], lines)
 
 
+def parallel(rows: list[Row]) -> str:
+    measured = [row for row in rows if "ms" in row]
+    lines = []
+    for case, way in dict.fromkeys((row["case"], row["way"]) for row in measured):
+        of_way = [row for row in measured if (row["case"], row["way"]) == (case, way)]
+        bf16, ours = ([row for row in of_way if row["what"] == what] for what in ("bf16", "ours"))
+        times = [_range([row["ms"] for row in of if row["mode"] == m]) for of in (bf16, ours) for m in MODES]
+        lines.append([f"{MODELS[case]}: {way}", *times, f"{found(ours, mode='eager')['to_one']:.4f}"])
+        lines[-1] += [number(found(of, mode="eager"), key) for key in ("resident_gb", "peak_gb") for of in (bf16, ours)]
+    titles = [f"{what} {mode}, ms" for what in ("BF16", "FP8") for mode in MODES]
+    memory = [f"{what}, {kind}" for what in ("resident GB", "peak GB") for kind in ("BF16", "FP8")]
+    return table(["", *titles, "FP8 to one GPU", *memory], lines)
+
+
+def _range(values: Sequence[float]) -> str:
+    """One number where all are within 5%, and otherwise the least and the largest."""
+    low, high = min(values), max(values)
+    return f"{values[-1]:.1f}" if high < 1.05 * low else f"{low:.1f} to {high:.1f}"
+
+
 TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "linear": ("linear", linear),
     "static": ("linear", static),
@@ -199,6 +222,7 @@ TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "text_encoder": ("text_encoder", text_encoder),
     "vae": ("vae", vae),
     "load": ("load", load),
+    "parallel": ("parallel", parallel),
 }
 
 

@@ -6,7 +6,7 @@
     dequantize  the weight in the activations' dtype, for this layer's forward alone; activations stay as they are
 
 "auto" takes the scaled matmul on CUDA devices of compute capability 8.9 and newer and `dequantize` elsewhere.
-"scaled_mm" forces it wherever torch can run it, the CPU included (slow; it is how its numerics are tested).
+"scaled_mm" takes it wherever torch can run it, the CPU included (slow; it is how its numerics are tested).
 """
 
 import functools
@@ -40,32 +40,37 @@ def choose(
     """
     if backend == "dequantize":
         return ChosenProduct("dequantize", "asked for")
+    odd = wanted == "groups" and -(-columns // GROUP) % 4 != 0
     if device_type == "cpu":
-        if backend == "scaled_mm":
-            return ChosenProduct(wanted, "asked for")
-        return ChosenProduct("dequantize", "the CPU has no FP8 matrix units")
+        if backend != "scaled_mm":
+            return ChosenProduct("dequantize", "the CPU has no FP8 matrix units")
+        missing = _missing(torch.device("cpu"), wanted, odd)
+        return ChosenProduct("dequantize", missing) if missing else ChosenProduct(wanted, "asked for")
     if device_type != "cuda" or device_index is None:
         return ChosenProduct("dequantize", f"no FP8 matrix product on device type {device_type}")
     if rows % 16 or columns % 16:
         return ChosenProduct("dequantize", f"a weight of {rows}x{columns} is not a multiple of 16x16")
-    missing = _missing_on_cuda(device_index, wanted, wanted == "groups" and -(-columns // GROUP) % 4 != 0)
+    device = torch.device("cuda", device_index)
+    missing = _too_old(device) or _missing(device, wanted, odd)
     if missing:
         return ChosenProduct("dequantize", missing)
     return ChosenProduct(wanted, f"{torch.cuda.get_device_name(device_index)} has FP8 matrix units")
 
 
+def _too_old(device: torch.device) -> str | None:
+    """Why a CUDA device has no FP8 matrix units that are used; None where it has."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if torch.version.hip:
+        return "ROCm is not supported"
+    return f"compute capability {major}.{minor} is below 8.9" if (major, minor) < (8, 9) else None
+
+
 @functools.cache
-def _missing_on_cuda(device_index: int, wanted: Product, odd: bool) -> str | None:
-    """Why CUDA device `device_index` cannot run `wanted`; None where it can. Runs a product of 16 tokens to be sure.
+def _missing(device: torch.device, wanted: Product, odd: bool) -> str | None:
+    """Why this torch cannot run `wanted` on the device; None where it can. Runs a product of 16 tokens to be sure.
 
     odd: with rows of block scales that are no multiple of four, which some releases of torch mistake.
     """
-    major, minor = torch.cuda.get_device_capability(device_index)
-    if torch.version.hip:
-        return "ROCm is not supported"
-    if (major, minor) < (8, 9):
-        return f"compute capability {major}.{minor} is below 8.9"
-    device = torch.device("cuda", device_index)
     blocks = 3 if odd else 4
     x = torch.ones(16, blocks * GROUP, dtype=torch.bfloat16, device=device)
     codes = torch.ones(256, blocks * GROUP, device=device).to(torch.float8_e4m3fn)
@@ -76,7 +81,8 @@ def _missing_on_cuda(device_index: int, wanted: Product, odd: bool) -> str | Non
         expected = (GROUP * scale.sum(1)).repeat_interleave(GROUP) + 1
     try:
         out = scaled_product(wanted, x, codes, scale, one, bias).float()
-        torch.cuda.synchronize(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     except (RuntimeError, ValueError) as error:
         return f"torch {torch.__version__} cannot run it there ({str(error).splitlines()[0][:120]})"
     if not torch.allclose(out, expected.expand_as(out), rtol=0.01):

@@ -4,7 +4,14 @@ A block's parameters, FP8 codes mostly, are gathered just before it runs and dro
 are those of one GPU. Scales are small and on every rank.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
+
+import torch
+from torch import nn
 
 from ..converter.telling.errors import LoadError
 from .parts import Part
@@ -24,13 +31,34 @@ def spread_parameters(model: Any, mesh: Any, label: str) -> dict[str, Part]:
         raise LoadError(f"{label} cannot be spread over ranks: {type(model).__name__} names no repeated blocks.")
     model.requires_grad_(False)  # FSDP gathers several dtypes together where nothing is trained
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    for block in (*blocks, model):
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)  # what lies outside the blocks too
+    with _integers_can_be_spread():
+        for block in (*blocks, model):
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)  # what lies outside the blocks too
     model._repeated_blocks = sorted({type(block).__name__ for block in blocks})  # FSDP renames them
     model.save_pretrained = refuse_saving
     model.enable_group_offload = refuse_offloading
     rank, count = mesh.get_local_rank(), mesh.size()
     return {name: Part(tuple(shape), 0, (_share(shape[0], rank, count),)) for name, shape in shapes.items()}
+
+
+@contextmanager
+def _integers_can_be_spread() -> Iterator[None]:
+    """PyTorch 2.11 makes each spread parameter one that is trained and then freezes it; integers, which FP8 codes are
+    held as, cannot be trained for that moment. Later versions ask first.
+    """
+    if not torch.__version__.startswith("2.11."):
+        yield
+        return
+    spreading: Any = import_module("torch.distributed.fsdp._fully_shard._fsdp_param")
+
+    def frozen(data: torch.Tensor, requires_grad: bool = False) -> nn.Parameter:
+        return nn.Parameter(data, requires_grad)
+
+    spreading.nn = SimpleNamespace(Parameter=frozen, Module=nn.Module)
+    try:
+        yield
+    finally:
+        spreading.nn = nn
 
 
 def refuse_saving(*_: Any, **__: Any) -> None:

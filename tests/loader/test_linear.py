@@ -278,6 +278,24 @@ def test_one_seam_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == ["rows"]
 
 
+def test_a_torch_that_cannot_run_the_product_on_the_cpu_dequantises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch 2.11, whose scaled matmul knows no scales of rows there."""
+
+    def refusing(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("only supports per-tensor scaling")
+
+    monkeypatch.setattr(torch, "_scaled_mm", refusing)
+    for remembers in (backend.choose, backend._missing):
+        remembers.cache_clear()
+    try:
+        chosen = backend.choose("scaled_mm", "rows", "cpu", None, 256, 256)
+    finally:
+        for remembers in (backend.choose, backend._missing):
+            remembers.cache_clear()
+    assert chosen.product == "dequantize"
+    assert chosen.reason == f"torch {torch.__version__} cannot run it there (only supports per-tensor scaling)"
+
+
 OWN_FORWARD = type("Own", (nn.Linear,), {"forward": lambda self, x: x})
 
 
