@@ -1,6 +1,7 @@
 """What a benchmark finds: rows, printed and written as they come, so that a run that is stopped loses none."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ class Recording:
         self.found: dict[str, Any] = {
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "versions": {name: found for name in PACKAGES if (found := _version(name))},
-            "command": " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": " ".join([_launcher(), "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
             "rows": [],
         }
         print(self.found["device"], self.found["versions"], flush=True)
@@ -41,6 +42,11 @@ class Recording:
             yield
         except Exception as error:  # a peer may fail in any way, and the others are still to be measured
             self.add(**row, failed=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}")
+
+
+def _launcher() -> str:
+    ranks = os.environ.get("WORLD_SIZE")  # which torchrun sets
+    return f"torchrun --nproc-per-node {ranks}" if ranks else "python"
 
 
 def _version(package: str) -> str | None:

@@ -27,7 +27,7 @@ MODELS = {
     "wan": "Wan2.2, one transformer, 32,760 tokens",
 }
 MODES = ("eager", "compiled")
-PEERS = {"layerwise casting": ("eager",), "torchao": ("eager", "compiled"), "SDNQ": ("eager", "compiled")}
+PEERS = {"layerwise casting": ("eager",), "torchao": MODES, "SDNQ": MODES}
 Row = dict[str, Any]
 
 
@@ -199,15 +199,19 @@ def parallel(rows: list[Row]) -> str:
         of_way = [row for row in measured if (row["case"], row["way"]) == (case, way)]
         bf16, ours = ([row for row in of_way if row["what"] == what] for what in ("bf16", "ours"))
         times = [_range([row["ms"] for row in of if row["mode"] == m]) for of in (bf16, ours) for m in MODES]
-        lines.append([f"{MODELS[case]}: {way}", *times, f"{found(ours, mode='eager')['to_one']:.4f}"])
-        lines[-1] += [number(found(of, mode="eager"), key) for key in ("resident_gb", "peak_gb") for of in (bf16, ours)]
+        eager = [found(of, mode="eager") for of in (bf16, ours)]
+        memory = [number(row, key) for key in ("resident_gb", "peak_gb") for row in eager]
+        lines.append([f"{MODELS[case]}: {way}", *times, number(eager[1], "to_one", 4), *memory])
     titles = [f"{what} {mode}, ms" for what in ("BF16", "FP8") for mode in MODES]
-    memory = [f"{what}, {kind}" for what in ("resident GB", "peak GB") for kind in ("BF16", "FP8")]
-    return table(["", *titles, "FP8 to one GPU", *memory], lines)
+    titles += ["FP8 to one GPU"]
+    titles += [f"{what}, {kind}" for what in ("resident GB", "peak GB") for kind in ("BF16", "FP8")]
+    return table(["", *titles], lines)
 
 
 def _range(values: Sequence[float]) -> str:
-    """One number where all are within 5%, and otherwise the least and the largest."""
+    """One number where all are within 5%, otherwise the least and the largest; "–" where there is none."""
+    if not values:
+        return "–"
     low, high = min(values), max(values)
     return f"{values[-1]:.1f}" if high < 1.05 * low else f"{low:.1f} to {high:.1f}"
 

@@ -51,13 +51,13 @@ def choose(
     if rows % 16 or columns % 16:
         return ChosenProduct("dequantize", f"a weight of {rows}x{columns} is not a multiple of 16x16")
     device = torch.device("cuda", device_index)
-    missing = _too_old(device) or _missing(device, wanted, odd)
+    missing = _without_fp8_units(device) or _missing(device, wanted, odd)
     if missing:
         return ChosenProduct("dequantize", missing)
     return ChosenProduct(wanted, f"{torch.cuda.get_device_name(device_index)} has FP8 matrix units")
 
 
-def _too_old(device: torch.device) -> str | None:
+def _without_fp8_units(device: torch.device) -> str | None:
     """Why a CUDA device has no FP8 matrix units that are used; None where it has."""
     major, minor = torch.cuda.get_device_capability(device)
     if torch.version.hip:

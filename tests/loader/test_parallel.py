@@ -25,7 +25,7 @@ from torch._dynamo.utils import counters
 from fp8_convert.converter import convert
 from fp8_convert.loader import LoadError, load_component, load_pipeline, report
 from fp8_convert.loader.context_parallel import check_heads
-from fp8_convert.loader.fully_sharded import _share
+from fp8_convert.loader.fully_sharded import _integers_can_be_spread, _share
 
 MASK = "encoder_hidden_states_mask"
 
@@ -395,6 +395,21 @@ def test_shares_are_those_of_fsdp(count: int) -> None:
         chunks = torch.arange(rows).chunk(count)
         wanted = [[*chunk.tolist()] for chunk in chunks] + [[]] * (count - len(chunks))
         assert [[*range(*_share(rows, rank, count))] for rank in range(count)] == wanted
+
+
+def test_fsdp_of_torch_2_11_takes_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its module calls `nn.Parameter(tensor)`, which is trained; later versions of it say whether."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    codes = torch.zeros(2, 3, dtype=torch.int8)
+    with _integers_can_be_spread():
+        held = _fsdp_param.nn.Parameter(codes)
+    assert not held.requires_grad
+    assert torch.equal(held, codes)
+    assert _fsdp_param.nn is torch.nn
+    with pytest.raises(RuntimeError, match="require gradients"):
+        _fsdp_param.nn.Parameter(codes)
 
 
 def benchmarked(folder: Path) -> list[dict[str, Any]]:
