@@ -29,7 +29,18 @@ class Recording:
 
     def add(self, **row: Any) -> None:
         self.found["rows"].append(row)
-        print("  ".join(f"{key} {_shown(value)}" for key, value in row.items()), flush=True)
+        self._tell(row)
+
+    def complete(self, row: dict[str, Any], **more: Any) -> None:
+        """Give the last row that has what `row` says more values; KeyError where there is none."""
+        rows = [known for known in self.found["rows"] if row.items() <= known.items()]
+        if not rows:
+            raise KeyError(f"no row is {row}")
+        rows[-1].update(more)
+        self._tell({**row, **more})
+
+    def _tell(self, values: dict[str, Any]) -> None:
+        print("  ".join(f"{key} {_shown(value)}" for key, value in values.items()), flush=True)
         if self.path is not None:
             unfinished = self.path.with_suffix(".part")
             unfinished.write_text(json.dumps(self.found, indent=1) + "\n")

@@ -27,6 +27,7 @@ MODELS = {
     "wan": "Wan2.2, one transformer, 32,760 tokens",
 }
 MODES = ("eager", "compiled")
+OWN_MODES = ("eager", "recorded", "compiled", "both")  # of BF16 and of what is ours
 PEERS = {"layerwise casting": ("eager",), "torchao": MODES, "SDNQ": MODES}
 Row = dict[str, Any]
 
@@ -126,14 +127,12 @@ def transformer(rows: list[Row]) -> str:
         of_case = [row for row in rows if row.get("case") == case]
         last = [r for c, r in _cases(rows) if c == case and r != "--compact"][-1]
         line = [_title(case, rule)]
-        for mode in MODES:
-            line.append(number(found(of_case, what="bf16", mode=mode), "ms", 1))
-        for mode in ("eager", "cuda graphs", "compiled"):
-            line.append(number(found(of_case, what="ours", rule=rule, mode=mode), "ms", 1))
+        line += [number(found(of_case, what="bf16", mode=mode), "ms", 1) for mode in OWN_MODES]
+        line += [number(found(of_case, what="ours", rule=rule, mode=mode), "ms", 1) for mode in OWN_MODES]
         for peer, modes in peers.items():  # which were given the layers of one rule
             line += [number(found(of_case, what=peer, mode=m), "ms", 1) if rule == last else "" for m in modes]
         lines.append(line)
-    titles = ["BF16 eager", "BF16 compiled", "FP8 eager", "FP8 eager, CUDA graphs", "FP8 compiled"]
+    titles = [f"{what} {mode}" for what in ("BF16", "FP8") for mode in OWN_MODES]
     return table(["", *titles, *(f"{peer} {mode}" for peer, modes in peers.items() for mode in modes)], lines)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # torchrun tells each process its own
+_slowed = False  # by a profile
 
 
 def median(run: Callable[[], Any], budget_ms: int = 300) -> float:
@@ -18,6 +19,7 @@ def median(run: Callable[[], Any], budget_ms: int = 300) -> float:
 
     The first call, which compiles, is not counted. Short ones run with a cold L2 cache.
     """
+    _not_slowed()
     from triton.testing import do_bench
 
     run()
@@ -38,6 +40,7 @@ def _between_events(run: Callable[[], Any]) -> float:
 
 def host_microseconds(run: Callable[[], Any], calls: int = 300) -> float:
     """Microseconds that the host needs to issue one `run` whose kernels are shorter than that; the median of five."""
+    _not_slowed()
     run()
     found = []
     for _ in range(5):
@@ -51,9 +54,14 @@ def host_microseconds(run: Callable[[], Any], calls: int = 300) -> float:
 
 
 def kernel_times(run: Callable[[], Any]) -> Counter[str]:
-    """Milliseconds of GPU time in one `run`, by the kernel's name."""
+    """Milliseconds of GPU time in one `run`, by the kernel's name.
+
+    From then on the host needs a quarter more for what this process launches: nothing may be timed after it.
+    """
     from torch.profiler import ProfilerActivity, profile
 
+    global _slowed
+    _slowed = True
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         run()
         torch.cuda.synchronize()
@@ -62,6 +70,11 @@ def kernel_times(run: Callable[[], Any]) -> Counter[str]:
         if event.device_type == torch.autograd.DeviceType.CUDA:
             times[event.key] += event.self_device_time_total / 1e3
     return times
+
+
+def _not_slowed() -> None:
+    if _slowed:
+        raise RuntimeError("a profile has been taken in this process, which slows every launch after it")
 
 
 def peak_gigabytes(run: Callable[[], Any]) -> float:

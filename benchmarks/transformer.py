@@ -4,8 +4,8 @@
     python benchmarks/transformer.py --profile CASE
 
 The real classes with random weights, one forward (a denoising step without guidance) at the models' token counts,
-layers as the shipped manifests choose them. Milliseconds are medians; "compiled" is `compile_repeated_blocks()`, "cuda
-graphs" is eager with `cuda_graphs=True`. The
+layers as the shipped manifests choose them. Milliseconds are medians; "compiled" is `compile_repeated_blocks()`,
+"recorded" what `cuda_graphs=True` does, here of BF16 too, so that both are held against the same; "both" is both. The
 realised saving is the share of what FP8 products save over BF16 ones that arrives in the whole: (T_bf16 - T_fp8) /
 (products_bf16 - products_fp8). `busy` is how long the GPU computes in an eager forward; what is beyond it the host
 costs. `resident` is GPU memory before a forward, `peak` the most during an eager one.
@@ -27,7 +27,7 @@ from recording import Recording
 from timing import DEVICE, kernel_times, limited, median, peak_gigabytes
 from torch import Tensor, nn
 
-from fp8_convert.loader.cuda_graphs import record_blocks
+from fp8_convert.loader.cuda_graphs import record_blocks, recorded_blocks
 
 Product = tuple[int, int, int]  # tokens, K, N
 LIMIT = 180  # seconds for one form of a model, compiling included
@@ -146,6 +146,19 @@ class Bench:
     def names(self, rule: str) -> set[str]:
         return linears_of(self.decided(self.build(), rule))
 
+    def busy(self) -> None:
+        """Add to the eager rows of BF16 and ours how long the GPU computes: at last, since profiling slows the host."""
+        for rule in (None, *self.case.rules):
+            model = self.build()
+            row = {"case": self.name, "what": "bf16", "mode": "eager"}
+            if rule is not None:
+                make_fp8(model, self.decided(model, rule))
+                row |= {"what": "ours", "rule": rule}
+            self.output(model)
+            times = kernel_times(lambda model=model: self.output(model))
+            self.recording.complete(row, busy_ms=sum(times.values()))
+            del model
+
     def ours(self, rule: str) -> None:
         model = self.build()
         decided = self.decided(model, rule)
@@ -166,27 +179,32 @@ class Bench:
         return found[0] if isinstance(found, list) else found
 
     def measure(self, what: str, model: Any, compiled: bool = True, **row: Any) -> None:
-        """Add a row for eager forwards, one for compiled ones, and one for ours with CUDA graphs, not compiled."""
+        """Add a row for each mode; other tools are not recorded."""
         from torch._dynamo.utils import counters
 
         expected = self.expected
         assert expected is not None
-        for mode in ("eager", *(["compiled"] if compiled else []), *(["cuda graphs"] if what == "ours" else [])):
+        modes = ["eager", *(["compiled"] if compiled else [])]
+        modes += ["both", "recorded"] if what in ("bf16", "ours") else []
+        for mode in modes:  # in this order: what is recorded stays so
             named = {"case": self.name, "what": what, "mode": mode, **row}
             with self.recording.failing(**named), limited(LIMIT):
                 if mode == "compiled":
                     torch._dynamo.reset()
                     counters.clear()
                     model.compile_repeated_blocks()
-                if mode == "cuda graphs":
+                if mode == "recorded":
                     uncompile(model)
+                if mode in ("both", "recorded"):
                     record_blocks(model)
                     for _ in range(4):  # the third call replays
                         self.output(model)
-                found = {"ms": median(lambda: self.output(model), self.budget_ms)}
+                found: dict[str, Any] = {"ms": median(lambda: self.output(model), self.budget_ms)}
                 if mode == "compiled":
                     found["graphs"] = counters["stats"]["unique_graphs"]
                     found["graph_breaks"] = sum(counters["graph_break"].values())
+                if mode in ("both", "recorded"):
+                    found["blocks"], found["replayed"], _ = recorded_blocks(model)
                 if what == "bf16":
                     self.bf16[mode] = found["ms"]
                 elif row.get("saving_ms") and mode in self.bf16:
@@ -195,7 +213,6 @@ class Bench:
                     torch.cuda.empty_cache()
                     found["resident_gb"] = torch.cuda.memory_allocated() / 1e9
                     found["peak_gb"] = peak_gigabytes(lambda: self.output(model))
-                    found["busy_ms"] = sum(kernel_times(lambda: self.output(model)).values())
                     error = (self.output(model) - expected).float().norm() / expected.float().norm()
                     found["relative_difference"] = float(error)
                 self.recording.add(**named, **found)
@@ -277,10 +294,15 @@ def main() -> None:
         print_profile(arguments.profile)
         return
     recording = Recording(arguments.json)
-    for name in arguments.cases:
-        with recording.failing(case=name):
-            bench = Bench(recording, name, 200 if arguments.quick else 1000, not arguments.quick)
+    benches = [
+        Bench(recording, name, 200 if arguments.quick else 1000, not arguments.quick) for name in arguments.cases
+    ]
+    for bench in benches:
+        with recording.failing(case=bench.name):
             bench.run(arguments.only == "ours")
+    for bench in benches:
+        with recording.failing(case=bench.name):
+            bench.busy()
 
 
 if __name__ == "__main__":

@@ -61,12 +61,13 @@ def test_a_table_of_transformers(module: Any, tmp_path: Path) -> None:
         {**case, "what": "bf16", "ms": 10.0, "busy_ms": 9.0},
         {**ours, "busy_ms": 8.0, "resident_gb": 0.5},
         {**ours, "mode": "compiled", "failed": "TimeoutError: not done"},
+        {**ours, "mode": "both", "ms": 7.5},
         {"case": "wan-1", "what": "torchao", "failed": "ImportError"},
         {"case": "wan-1", "failed": "whatever came last"},
     ]
     recorded(tables, tmp_path, "transformer-h100-wan", *rows)
     (line,) = tables.rendered("transformer").splitlines()[2:]
-    cells = "10.0 | failed | 8.5 | failed | failed | failed | failed"
+    cells = "10.0 | failed | failed | failed | 8.5 | failed | failed | 7.5 | failed | failed"
     assert line == f"| Wan2.2, 1 block, 32,760 tokens | {cells} |"
     (line,) = tables.rendered("saving").splitlines()[2:]
     assert line.endswith("| 2.00 | 0.75 | failed | 9.0 | 8.0 | – | 0.5 | – | – |")
@@ -91,6 +92,25 @@ def test_a_row_is_on_disk_before_the_next_one(module: Any, tmp_path: Path) -> No
         raise RuntimeError("no such kernel\nand more")
     rows = json.loads((tmp_path / "found.json").read_text())["rows"]
     assert rows[1:] == [{"case": "two", "failed": "RuntimeError: no such kernel"}]
+
+
+def test_a_row_is_completed_later(module: Any, tmp_path: Path) -> None:
+    recording = module("recording").Recording(tmp_path / "found.json")
+    for rule in ("one", "two"):
+        recording.add(what="ours", rule=rule, mode="eager", ms=1.0)
+    recording.complete({"what": "ours", "rule": "one"}, busy_ms=0.5)
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert [row.get("busy_ms") for row in rows] == [0.5, None]
+    with pytest.raises(KeyError, match="three"):
+        recording.complete({"rule": "three"}, busy_ms=0.5)
+
+
+def test_nothing_is_timed_after_a_profile(module: Any) -> None:
+    timing = module("timing")
+    timing._slowed = True
+    for timed in (timing.median, timing.host_microseconds):
+        with pytest.raises(RuntimeError, match="profile"):
+            timed(lambda: None)
 
 
 @pytest.mark.parametrize(
