@@ -3,8 +3,8 @@
     python benchmarks/tables.py
 
 A table called NAME stands between `<!-- table: NAME -->` and `<!-- end of table -->`. Its rows are those of
-results/BENCHMARK-h100*.json or -h200*.json, the later file's where two have the same; a table without results is left
-as it is.
+results/BENCHMARK-h100*.json or -h200*.json, the later file's where two have the same, or of one of the devices alone; a
+table without results is left as it is.
 """
 
 import json
@@ -27,13 +27,13 @@ MODELS = {
     "wan": "Wan2.2, one transformer, 32,760 tokens",
 }
 MODES = ("eager", "compiled")
-OWN_MODES = ("eager", "recorded", "compiled", "both")  # of BF16 and of what is ours
+RECORDED_MODES = ("eager", "recorded", "compiled", "both")  # of BF16 and of what is ours
 PEERS = {"layerwise casting": ("eager",), "torchao": MODES, "SDNQ": MODES}
 Row = dict[str, Any]
 
 
-def rows_of(benchmark: str) -> list[Row]:
-    files = sorted(RESULTS.glob(f"{benchmark}-h[12]00*.json"), key=lambda file: (len(file.name), file.name))
+def rows_of(benchmark: str, device: str = "h[12]00") -> list[Row]:
+    files = sorted(RESULTS.glob(f"{benchmark}-{device}*.json"), key=lambda file: (len(file.name), file.name))
     return [row for file in files for row in json.loads(file.read_text())["rows"]]
 
 
@@ -126,14 +126,26 @@ def transformer(rows: list[Row]) -> str:
     for case, rule in _cases(rows):
         of_case = [row for row in rows if row.get("case") == case]
         last = [r for c, r in _cases(rows) if c == case and r != "--compact"][-1]
-        line = [_title(case, rule)]
-        line += [number(found(of_case, what="bf16", mode=mode), "ms", 1) for mode in OWN_MODES]
-        line += [number(found(of_case, what="ours", rule=rule, mode=mode), "ms", 1) for mode in OWN_MODES]
+        line = [_title(case, rule), *_of_modes(of_case, rule, MODES)]
         for peer, modes in peers.items():  # which were given the layers of one rule
             line += [number(found(of_case, what=peer, mode=m), "ms", 1) if rule == last else "" for m in modes]
         lines.append(line)
-    titles = [f"{what} {mode}" for what in ("BF16", "FP8") for mode in OWN_MODES]
+    titles = [f"{what} {mode}" for what in ("BF16", "FP8") for mode in MODES]
     return table(["", *titles, *(f"{peer} {mode}" for peer, modes in peers.items() for mode in modes)], lines)
+
+
+def recorded(rows: list[Row]) -> str:
+    lines = []
+    for case, rule in _cases(rows):
+        of_case = [row for row in rows if row.get("case") == case]
+        lines.append([_title(case, rule), *_of_modes(of_case, rule, RECORDED_MODES)])
+    return table(["", *(f"{what} {mode}" for what in ("BF16", "FP8") for mode in RECORDED_MODES)], lines)
+
+
+def _of_modes(rows: list[Row], rule: str, modes: Sequence[str]) -> list[str]:
+    """Milliseconds of BF16 in each mode, then of what is ours by `rule`."""
+    cells = [number(found(rows, what="bf16", mode=mode), "ms", 1) for mode in modes]
+    return cells + [number(found(rows, what="ours", rule=rule, mode=mode), "ms", 1) for mode in modes]
 
 
 def saving(rows: list[Row]) -> str:
@@ -215,24 +227,26 @@ def _range(values: Sequence[float]) -> str:
     return f"{values[-1]:.1f}" if high < 1.05 * low else f"{low:.1f} to {high:.1f}"
 
 
-TABLES: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
-    "linear": ("linear", linear),
-    "static": ("linear", static),
-    "group": ("linear", group),
-    "host": ("linear", host),
-    "transformer": ("transformer", transformer),
-    "saving": ("transformer", saving),
-    "text_encoder": ("text_encoder", text_encoder),
-    "vae": ("vae", vae),
-    "load": ("load", load),
-    "parallel": ("parallel", parallel),
+TABLES: dict[str, tuple[Callable[[list[Row]], str], str, *tuple[str, ...]]] = {  # and the device, where it is one alone
+    "linear": (linear, "linear"),
+    "static": (static, "linear"),
+    "group": (group, "linear"),
+    "host": (host, "linear"),
+    "transformer": (transformer, "transformer"),
+    "recorded": (recorded, "transformer"),
+    "recorded_h100": (recorded, "transformer", "h100"),
+    "saving": (saving, "transformer"),
+    "text_encoder": (text_encoder, "text_encoder"),
+    "vae": (vae, "vae"),
+    "load": (load, "load"),
+    "parallel": (parallel, "parallel"),
 }
 
 
 def rendered(name: str) -> str | None:
     """The table in Markdown; None where there are no results for it."""
-    benchmark, render = TABLES[name]
-    rows = rows_of(benchmark)
+    render, *which = TABLES[name]
+    rows = rows_of(*which)
     text = render(rows) if rows else ""
     return text if text.count("\n") > 2 else None
 

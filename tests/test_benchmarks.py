@@ -67,8 +67,15 @@ def test_a_table_of_transformers(module: Any, tmp_path: Path) -> None:
     ]
     recorded(tables, tmp_path, "transformer-h100-wan", *rows)
     (line,) = tables.rendered("transformer").splitlines()[2:]
-    cells = "10.0 | failed | failed | failed | 8.5 | failed | failed | 7.5 | failed | failed"
+    cells = "10.0 | failed | 8.5 | failed | failed | failed"
     assert line == f"| Wan2.2, 1 block, 32,760 tokens | {cells} |"
+    (line,) = tables.rendered("recorded").splitlines()[2:]
+    assert line.endswith("| 10.0 | failed | failed | failed | 8.5 | failed | failed | 7.5 |")
+    recorded(tables, tmp_path, "transformer-h200-wan", {**case, "what": "bf16", "ms": 9.0}, {**ours, "ms": 8.0})
+    (line,) = tables.rendered("transformer").splitlines()[2:]
+    assert "| 9.0 | failed | 8.0 |" in line  # of the later device
+    assert "| 10.0 | failed | failed | failed | 8.5 |" in tables.rendered("recorded_h100")
+    (tmp_path / "transformer-h200-wan.json").unlink()
     (line,) = tables.rendered("saving").splitlines()[2:]
     assert line.endswith("| 2.00 | 0.75 | failed | 9.0 | 8.0 | – | 0.5 | – | – |")
 
