@@ -26,10 +26,10 @@ def plot(path: Path, cases: list[str]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = rows_of("transformer")
+    rows = rows_of("transformer", "h200")
     measured = {case: bars(rows, case) for case in cases if bars(rows, case)}
     if not measured:
-        raise SystemExit("benchmarks/results has no transformer-h100*.json with these cases")
+        raise SystemExit("benchmarks/results has no transformer-h200*.json with these cases")
     sizes = [len(found) for found in measured.values()]
     figure, parts = pyplot.subplots(len(sizes), squeeze=False, height_ratios=sizes, figsize=(8, 0.3 * sum(sizes) + 1))
     for axes, (case, found) in zip(parts[:, 0], measured.items(), strict=True):

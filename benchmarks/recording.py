@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +23,25 @@ class Recording:
         self.found: dict[str, Any] = {
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "versions": {name: found for name in PACKAGES if (found := _version(name))},
-            "command": " ".join([_launcher(), "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": " ".join([_launcher(), "benchmarks/" + Path(sys.argv[0]).name, *_arguments()]),
             "rows": [],
         }
         print(self.found["device"], self.found["versions"], flush=True)
 
     def add(self, **row: Any) -> None:
         self.found["rows"].append(row)
-        self._tell(row)
+        self._keep(row)
 
     def complete(self, row: dict[str, Any], **more: Any) -> None:
-        """Give the last row that has what `row` says more values; KeyError where there is none."""
-        rows = [known for known in self.found["rows"] if row.items() <= known.items()]
+        """Give the last row that has what `row` says, and has not failed, more values; KeyError where there is none."""
+        rows = [known for known in self.found["rows"] if row.items() <= known.items() and "failed" not in known]
         if not rows:
             raise KeyError(f"no row is {row}")
         rows[-1].update(more)
-        self._tell({**row, **more})
+        self._keep({**row, **more})
 
-    def _tell(self, values: dict[str, Any]) -> None:
+    def _keep(self, values: dict[str, Any]) -> None:
+        """Print `values`, and write all rows."""
         print("  ".join(f"{key} {_shown(value)}" for key, value in values.items()), flush=True)
         if self.path is not None:
             unfinished = self.path.with_suffix(".part")
@@ -58,6 +60,11 @@ class Recording:
 def _launcher() -> str:
     ranks = os.environ.get("WORLD_SIZE")  # which torchrun sets
     return f"torchrun --nproc-per-node {ranks}" if ranks else "python"
+
+
+def _arguments() -> list[str]:
+    """The command's, without the folder of what `--json` names."""
+    return [Path(word).name if before == "--json" else word for before, word in pairwise(["", *sys.argv[1:]])]
 
 
 def _version(package: str) -> str | None:

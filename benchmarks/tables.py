@@ -1,10 +1,9 @@
-"""The tables of the documents, from what the benchmarks found on an H100 or H200: writes them between their marks.
+"""The tables of the documents, from what the benchmarks found on one kind of device: writes them between their marks.
 
     python benchmarks/tables.py
 
 A table called NAME stands between `<!-- table: NAME -->` and `<!-- end of table -->`. Its rows are those of
-results/BENCHMARK-h100*.json or -h200*.json, the later file's where two have the same, or of one of the devices alone; a
-table without results is left as it is.
+results/BENCHMARK-DEVICE*.json, the later file's where two have the same; a table without results is left as it is.
 """
 
 import json
@@ -32,7 +31,7 @@ PEERS = {"layerwise casting": ("eager",), "torchao": MODES, "SDNQ": MODES}
 Row = dict[str, Any]
 
 
-def rows_of(benchmark: str, device: str = "h[12]00") -> list[Row]:
+def rows_of(benchmark: str, device: str) -> list[Row]:
     files = sorted(RESULTS.glob(f"{benchmark}-{device}*.json"), key=lambda file: (len(file.name), file.name))
     return [row for file in files for row in json.loads(file.read_text())["rows"]]
 
@@ -227,26 +226,26 @@ def _range(values: Sequence[float]) -> str:
     return f"{values[-1]:.1f}" if high < 1.05 * low else f"{low:.1f} to {high:.1f}"
 
 
-TABLES: dict[str, tuple[Callable[[list[Row]], str], str, *tuple[str, ...]]] = {  # and the device, where it is one alone
-    "linear": (linear, "linear"),
-    "static": (static, "linear"),
-    "group": (group, "linear"),
-    "host": (host, "linear"),
-    "transformer": (transformer, "transformer"),
-    "recorded": (recorded, "transformer"),
+TABLES: dict[str, tuple[Callable[[list[Row]], str], str, str]] = {  # how, of which benchmark, on which device
+    "linear": (linear, "linear", "h100"),
+    "static": (static, "linear", "h100"),
+    "group": (group, "linear", "h100"),
+    "host": (host, "linear", "h100"),
+    "transformer": (transformer, "transformer", "h200"),
+    "recorded": (recorded, "transformer", "h200"),
     "recorded_h100": (recorded, "transformer", "h100"),
-    "saving": (saving, "transformer"),
-    "text_encoder": (text_encoder, "text_encoder"),
-    "vae": (vae, "vae"),
-    "load": (load, "load"),
-    "parallel": (parallel, "parallel"),
+    "saving": (saving, "transformer", "h200"),
+    "text_encoder": (text_encoder, "text_encoder", "h200"),
+    "vae": (vae, "vae", "h100"),
+    "load": (load, "load", "h100"),
+    "parallel": (parallel, "parallel", "h200"),
 }
 
 
 def rendered(name: str) -> str | None:
     """The table in Markdown; None where there are no results for it."""
-    render, *which = TABLES[name]
-    rows = rows_of(*which)
+    render, benchmark, device = TABLES[name]
+    rows = rows_of(benchmark, device)
     text = render(rows) if rows else ""
     return text if text.count("\n") > 2 else None
 

@@ -3,8 +3,8 @@
     python benchmarks/text_encoder.py [--json FILE] [--tokens 64 256 512 2048] [--only ours] [--layers 28]
 
 Random weights of the published size, layers as Qwen-Image's manifest chooses them. Milliseconds of one forward are
-medians; "compiled" compiles each decoder layer. `busy` is how long the GPU computes in it, of BF16 and ours; the rest
-is the host's. Ratios are to BF16 in the same mode, `peak` is GPU memory of an eager forward.
+medians; "compiled" compiles each decoder layer. `busy`, of BF16 and ours, is the sum of the kernels' times in a
+profiled forward. Ratios are to BF16 in the same mode, `peak` is GPU memory of an eager forward.
 """
 
 import argparse

@@ -56,7 +56,7 @@ def host_microseconds(run: Callable[[], Any], calls: int = 300) -> float:
 def kernel_times(run: Callable[[], Any]) -> Counter[str]:
     """Milliseconds of GPU time in one `run`, by the kernel's name.
 
-    From then on the host needs a quarter more for what this process launches: nothing may be timed after it.
+    From then on the host needs longer for all that this process launches: nothing may be timed after it.
     """
     from torch.profiler import ProfilerActivity, profile
 

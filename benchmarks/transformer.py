@@ -7,8 +7,8 @@ The real classes with random weights, one forward (a denoising step without guid
 layers as the shipped manifests choose them. Milliseconds are medians; "compiled" is `compile_repeated_blocks()`,
 "recorded" what `cuda_graphs=True` does, here of BF16 too, so that both are held against the same; "both" is both. The
 realised saving is the share of what FP8 products save over BF16 ones that arrives in the whole: (T_bf16 - T_fp8) /
-(products_bf16 - products_fp8). `busy` is how long the GPU computes in an eager forward; what is beyond it the host
-costs. `resident` is GPU memory before a forward, `peak` the most during an eager one.
+(products_bf16 - products_fp8). `busy` is the sum of the kernels' times in one profiled eager forward, without the gaps
+between them. `resident` is GPU memory before a forward, `peak` the most during an eager one.
 """
 
 import argparse
@@ -147,17 +147,17 @@ class Bench:
         return linears_of(self.decided(self.build(), rule))
 
     def busy(self) -> None:
-        """Add to the eager rows of BF16 and ours how long the GPU computes: at last, since profiling slows the host."""
+        """Add `busy_ms` to the eager rows of BF16 and ours; last, since a profile slows what is timed after it."""
         for rule in (None, *self.case.rules):
-            model = self.build()
-            row = {"case": self.name, "what": "bf16", "mode": "eager"}
-            if rule is not None:
-                make_fp8(model, self.decided(model, rule))
-                row |= {"what": "ours", "rule": rule}
-            self.output(model)
-            times = kernel_times(lambda model=model: self.output(model))
-            self.recording.complete(row, busy_ms=sum(times.values()))
-            del model
+            row = {"case": self.name, "what": "bf16" if rule is None else "ours", **({"rule": rule} if rule else {})}
+            with self.recording.failing(**row), limited(LIMIT):
+                model = self.build()
+                if rule is not None:
+                    make_fp8(model, self.decided(model, rule))
+                self.output(model)
+                times = kernel_times(lambda model=model: self.output(model))
+                self.recording.complete({**row, "mode": "eager"}, busy_ms=sum(times.values()))
+                del model
 
     def ours(self, rule: str) -> None:
         model = self.build()
@@ -204,7 +204,7 @@ class Bench:
                     found["graphs"] = counters["stats"]["unique_graphs"]
                     found["graph_breaks"] = sum(counters["graph_break"].values())
                 if mode in ("both", "recorded"):
-                    found["blocks"], found["replayed"], _ = recorded_blocks(model)
+                    found["blocks"], found["with_recordings"], _ = recorded_blocks(model)
                 if what == "bf16":
                     self.bf16[mode] = found["ms"]
                 elif row.get("saving_ms") and mode in self.bf16:
@@ -294,15 +294,14 @@ def main() -> None:
         print_profile(arguments.profile)
         return
     recording = Recording(arguments.json)
-    benches = [
-        Bench(recording, name, 200 if arguments.quick else 1000, not arguments.quick) for name in arguments.cases
-    ]
-    for bench in benches:
-        with recording.failing(case=bench.name):
+    measured = []
+    for name in arguments.cases:
+        with recording.failing(case=name):
+            bench = Bench(recording, name, 200 if arguments.quick else 1000, not arguments.quick)
             bench.run(arguments.only == "ours")
-    for bench in benches:
-        with recording.failing(case=bench.name):
-            bench.busy()
+            measured.append(bench)
+    for bench in measured:
+        bench.busy()
 
 
 if __name__ == "__main__":

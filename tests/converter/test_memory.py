@@ -167,6 +167,17 @@ def test_dry_runs_of_hostile_sources(tmp_path: Path) -> None:
 long_run = pytest.mark.skipif("FP8_CONVERT_FAULTS" not in os.environ, reason="a minute more: runs in `make faults`")
 
 
+@long_run
+def test_one_file_of_three_gigabytes(three_gigabytes: Path, tmp_path: Path) -> None:
+    child = _CHILD.replace("workers=2", 'workers=2, target="comfyui"')
+    check_memory(child, three_gigabytes, tmp_path / "out")
+    (output,) = (tmp_path / "out").rglob("*.safetensors")
+    written = read_safetensors(output)["blocks.0.ffn.0.weight"]
+    assert written[0] == "F8_E4M3"
+    assert written[2][-2:] == b"\x00\xfe"  # -2 is the largest magnitude: code -448
+    output.unlink()
+
+
 @pytest.mark.parametrize("block", [pytest.param([], id="tensor"), pytest.param([128, 128], id="block", marks=long_run)])
 def test_three_gigabytes_with_a_tensor_of_one(three_gigabytes: Path, tmp_path: Path, block: list[int]) -> None:
     check_memory(_CHILD, three_gigabytes, tmp_path / "out", *block)
