@@ -35,7 +35,7 @@ def describe(files: Files, *, variant: str | None = None, allow_converted: bool 
     root_is_component = False
     if MODEL_INDEX in sizes:
         model_index = read_json(files, MODEL_INDEX)
-        pipeline = str(model_index.get("_class_name") or "") or None
+        pipeline = _pipeline(files, model_index)
         entries = _entries(files, model_index)
         found = [_component(files, *entry, variant, pipeline, remarks) for entry in entries]
         folders = {name for name, _, _ in entries}
@@ -43,7 +43,7 @@ def describe(files: Files, *, variant: str | None = None, allow_converted: bool 
     elif CONFIG in sizes:
         config = read_json(files, CONFIG)
         library = "diffusers" if "_class_name" in config else "transformers"
-        found = [_component(files, "", library, _class_name(config), variant, None, remarks)]
+        found = [_component(files, "", library, None, variant, None, remarks)]
         pipeline, folders, root_is_component = None, set(), True
     elif RECORD_FILE in sizes:
         return describe_single_files(files)
@@ -79,8 +79,8 @@ def outline(files: Files) -> tuple[str | None, dict[str, str | None]]:
         index = read_json(files, MODEL_INDEX)
         folders = {path.partition("/")[0] for path in sizes if path.endswith(".safetensors") and "/" in path}
         classes: dict[str, str | None] = {n: cls for n, _, cls in _entries(files, index) if n in folders}
-        return str(index.get("_class_name") or "") or None, classes
-    return None, {"": _class_name(read_json(files, CONFIG))} if CONFIG in sizes else {}
+        return _pipeline(files, index), classes
+    return None, {"": _class_name(files, CONFIG, read_json(files, CONFIG))} if CONFIG in sizes else {}
 
 
 def _entries(files: Files, model_index: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -96,7 +96,7 @@ def _entries(files: Files, model_index: Mapping[str, Any]) -> list[tuple[str, st
                 f"{MODEL_INDEX} in {files.label} names the component {name!r:.80}, which is not a name that a pipeline "
                 "can take; download it again."
             )
-        entries.append((name, value[0], value[1]))
+        entries.append((name, _checked(files, MODEL_INDEX, value[0]), _checked(files, MODEL_INDEX, value[1])))
     return entries
 
 
@@ -124,9 +124,8 @@ def _component(
     default_stem = STEMS.get(library, STEMS["diffusers"])
     stem, index, shard_names = choose_weights(files, prefix, names, default_stem, variant, label)
     shards = tuple(_shard(files, prefix + n) for n in shard_names)
-    component = Component(
-        name, library, class_name or _class_name(config), config, stem, shards, index and prefix + index
-    )
+    class_name = class_name or _class_name(files, prefix + CONFIG, config)
+    component = Component(name, library, class_name, config, stem, shards, index and prefix + index)
     check_tensors(files, component)
     return component
 
@@ -192,9 +191,24 @@ def _is_known(library: str) -> bool:
     return library in STEMS or library in dir(pipelines)
 
 
-def _class_name(config: Mapping[str, Any]) -> str | None:
+def _pipeline(files: Files, model_index: Mapping[str, Any]) -> str | None:
+    """The pipeline's class, which may be a list: that of code beside the snapshot."""
+    return _checked(files, MODEL_INDEX, str(model_index.get("_class_name") or "")) or None
+
+
+def _class_name(files: Files, path: str, config: Mapping[str, Any]) -> str | None:
+    """The class that the config at `path` names."""
     architectures = config.get("architectures")
     name = config.get("_class_name") or (
         architectures[0] if isinstance(architectures, list) and architectures else None
     )
-    return name if isinstance(name, str) else None
+    return _checked(files, path, name) if isinstance(name, str) else None
+
+
+def _checked(files: Files, path: str, name: str) -> str:
+    """The name of a class or a library that the file at `path` gives, if it is one that messages can repeat."""
+    if not name.isprintable() or len(name) > MAX_NAME_BYTES:
+        raise ConvertError(
+            f"{path} in {files.label} gives a class or a library the name {name!r:.80}; download it again."
+        )
+    return name

@@ -502,6 +502,28 @@ def test_half_a_surrogate_pair(sharded: Path, output: Path, file: str, where: st
     )
 
 
+@pytest.mark.parametrize("name", ["\x1f", "Z\x1b[2JImage", "Z\n", "Z" * 256])
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("model_index.json", lambda name: {"_class_name": name}),
+        ("model_index.json", lambda name: {"text_encoder": ["transformers", name]}),
+        ("model_index.json", lambda name: {"text_encoder": [name, "Qwen3Model"]}),
+        ("transformer/config.json", lambda name: {"_class_name": name}),
+        ("text_encoder/config.json", lambda name: {"architectures": [name]}),
+    ],
+    ids=["pipeline", "component", "library", "DiT", "text encoder"],
+)
+def test_names_of_classes_reach_no_terminal(
+    source: Path, output: Path, file: str, change: Callable[[str], dict[str, Any]], name: str
+) -> None:
+    edit_json(source / file, lambda data: data.update(change(name)))
+    lone = source / file.partition("/")[0] if "/" in file else source
+    file = Path(file).name
+    names = f"{file} in {lone} gives a class or a library the name {repr(name)[:80]}"
+    refused(lone, "-o", output, names=names, next_step="download it again")
+
+
 @pytest.mark.parametrize("file", JSONS)
 def test_json_beyond_its_limit_is_not_read(sharded: Path, output: Path, file: str) -> None:
     os.truncate(sharded / file, 2 * 10**9)  # a sparse file
