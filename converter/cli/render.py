@@ -5,10 +5,11 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..targets.choosing import TARGETS, described
+from ..telling.printable import printable_lines
 from ..telling.quantities import byte_count, change, parameter_count, plural, share
 
 if TYPE_CHECKING:  # only what is rendered has been imported
@@ -65,7 +66,7 @@ def render_plan(plan: Plan, width: int | None = None) -> str:
         )
     if plan.bytes_read_twice:
         lines.append(f"{byte_count(plan.bytes_read_twice)} are read twice: their fusion groups are measured first")
-    return _text(lines)
+    return printable_lines(lines)
 
 
 def render_inspection(inspection: Inspection, width: int | None = None, worst: int = 0) -> str:
@@ -95,7 +96,7 @@ def render_inspection(inspection: Inspection, width: int | None = None, worst: i
         rows = [error_row(component, layer) for component, layer in inspection.worst(worst)]
         lines += ["", "the worst layers:" if rows else NO_ERRORS]
         lines += _table([[*ERROR_COLUMNS], *rows], right=(2, 3, 4, 5, 6, 7), width=width, words=2) if rows else []
-    return _text(lines)
+    return printable_lines(lines)
 
 
 def error_row(component: str, layer: LayerError) -> list[str]:
@@ -131,15 +132,15 @@ def render_verification(verification: Verification) -> str:
     """The findings, one a line, and a verdict."""
     lines = [f"{f.path}: {f.problem}" for f in verification.findings]
     lines += [f"note: {note}" for note in verification.notes]
-    return _text([*lines, verification.verdict])
+    return printable_lines([*lines, verification.verdict])
 
 
 def render_push(push: Push) -> str:
     """What was pushed, one line; of a dry run also every file and the card."""
     if push.commit is not None:
-        return _text([push.summary])
+        return printable_lines([push.summary])
     table = [["file", "bytes"], *([path, byte_count(size)] for path, size in push.files.items())]
-    return _text([*push.card.splitlines(), "", *_table(table, right=(1,), width=None, words=0), push.summary])
+    return printable_lines([*push.card.splitlines(), "", *_table(table, right=(1,), width=None, words=0), push.summary])
 
 
 def render_manifests(manifests: Sequence[Manifest], width: int | None = None) -> str:
@@ -172,18 +173,13 @@ def render_manifest_check(check: ManifestCheck, width: int | None = None) -> str
     lines += [f"PROBLEM: {m.place}: {m.problem}" for m in check.matches if m.problem]
     wrong = sum(1 for m in check.matches if m.problem)
     lines.append("ok" if check.ok else plural(wrong + len(check.unchecked), "problem"))
-    return _text(lines)
+    return printable_lines(lines)
 
 
 def _mark(match: Match) -> str:
     if match.problem:
         return "PROBLEM"
     return "" if match.count or match.section == "classes" else "optional"
-
-
-def _text(lines: Iterable[str]) -> str:
-    """The lines, whatever is in names: control characters would reach the terminal, half surrogates would fail."""
-    return "\n".join("".join(c if c.isprintable() else " " for c in line) for line in lines)
 
 
 def _table(table: list[list[str]], right: tuple[int, ...], *, width: int | None, words: int) -> list[str]:

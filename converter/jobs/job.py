@@ -14,7 +14,7 @@ from ..format.untrusted import check_text, parse_json, read_whole
 from ..output.work import Work
 from ..plan.settings import Settings, unknown_setting
 from ..telling.errors import ConvertError, SettingsError
-from ..telling.notebook import printable
+from ..telling.printable import printable
 
 # What a job may say: all that a conversion may be asked, but how it tells of itself, and secrets.
 KEYS = tuple(name for name in inspect.signature(convert).parameters if name not in ("progress", "quiet", "token"))

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..telling.notebook import html_table, one_line, printable
+from ..telling.notebook import html_table, one_line
+from ..telling.printable import printable
 from ..telling.quantities import change, plural
 from .job import Job
 

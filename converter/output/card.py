@@ -17,7 +17,7 @@ from urllib.parse import quote
 from ..format import layout
 from ..format.reader import as_json
 from ..format.record import Record, RecordedComponent, RecordedDecision
-from ..telling.notebook import printable
+from ..telling.printable import printable
 from ..telling.quantities import byte_count, change, parameter_count, plural
 
 MAX_CARD_BYTES = 4 * 1024 * 1024

@@ -15,6 +15,7 @@ from ..snapshot.modules import ModuleMap, module_map
 from ..snapshot.snapshot import CONFIG, MODEL_INDEX, Component, LeftOut, Snapshot
 from ..targets.target import NATIVE
 from ..telling.errors import ConvertError
+from ..telling.printable import printable
 from ..telling.quantities import byte_count
 from .component import encode_index, plan_component
 from .coverage import integer_note, kept_note, nothing_converted, too_little, unnamed_notes, why_unnamed
@@ -100,7 +101,7 @@ def left_out_notes(left_out: Iterable[LeftOut]) -> list[str]:
     for reason, items in by_reason.items():
         shown, rest = (items, []) if len(items) <= _MOST_NOTES else (items[: _MOST_NOTES - 1], items[_MOST_NOTES - 1 :])
         for item in shown:
-            path = "".join(c if c.isprintable() else "?" for c in item.path)
+            path = printable(item.path)
             if item.files == 1:
                 notes.append(f"{path} ({byte_count(item.bytes)}) is left out: {reason}")
             else:

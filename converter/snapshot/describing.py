@@ -35,7 +35,7 @@ def describe(files: Files, *, variant: str | None = None, allow_converted: bool 
     root_is_component = False
     if MODEL_INDEX in sizes:
         model_index = read_json(files, MODEL_INDEX)
-        pipeline = _pipeline(files, model_index)
+        pipeline = str(model_index.get("_class_name") or "") or None
         entries = _entries(files, model_index)
         found = [_component(files, *entry, variant, pipeline, remarks) for entry in entries]
         folders = {name for name, _, _ in entries}
@@ -79,7 +79,7 @@ def outline(files: Files) -> tuple[str | None, dict[str, str | None]]:
         index = read_json(files, MODEL_INDEX)
         folders = {path.partition("/")[0] for path in sizes if path.endswith(".safetensors") and "/" in path}
         classes: dict[str, str | None] = {n: cls for n, _, cls in _entries(files, index) if n in folders}
-        return _pipeline(files, index), classes
+        return str(index.get("_class_name") or "") or None, classes
     return None, {"": _class_name(files, CONFIG, read_json(files, CONFIG))} if CONFIG in sizes else {}
 
 
@@ -191,11 +191,6 @@ def _is_known(library: str) -> bool:
     return library in STEMS or library in dir(pipelines)
 
 
-def _pipeline(files: Files, model_index: Mapping[str, Any]) -> str | None:
-    """The pipeline's class, which may be a list: that of code beside the snapshot."""
-    return _checked(files, MODEL_INDEX, str(model_index.get("_class_name") or "")) or None
-
-
 def _class_name(files: Files, path: str, config: Mapping[str, Any]) -> str | None:
     """The class that the config at `path` names."""
     architectures = config.get("architectures")
@@ -206,7 +201,7 @@ def _class_name(files: Files, path: str, config: Mapping[str, Any]) -> str | Non
 
 
 def _checked(files: Files, path: str, name: str) -> str:
-    """The name of a class or a library that the file at `path` gives, if it is one that messages can repeat."""
+    """The name of a component's class or library, as the file at `path` gives it, if messages can repeat it."""
     if not name.isprintable() or len(name) > MAX_NAME_BYTES:
         raise ConvertError(
             f"{path} in {files.label} gives a class or a library the name {name!r:.80}; download it again."

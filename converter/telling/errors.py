@@ -1,8 +1,16 @@
 """The exceptions this package raises for bad input; a message is a full sentence for the user."""
 
+from .printable import printable
+
 
 class Fp8Error(Exception):
-    """What every error of fp8-convert is, while converting and while loading."""
+    """What every error of fp8-convert is, while converting and while loading.
+
+    Its message is one printable line, whatever the names of files and tensors hold that it repeats.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class ConvertError(Fp8Error):

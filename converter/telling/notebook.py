@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from .printable import printable
 from .quantities import plural
 
 _LINE = 200  # characters
@@ -76,11 +77,6 @@ def _brief(value: object) -> str:
     names = (getattr(value, attribute, None) for attribute in ("name", "path", "label"))
     name = next((n for n in names if isinstance(n, str)), None)
     return f"<{type(value).__name__}{f' {_brief(name)}' if name else ''}>"
-
-
-def printable(text: str) -> str:
-    """Text without what moves a terminal's cursor or breaks a line."""
-    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _cut(text: str, most: int) -> str:

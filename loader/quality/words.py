@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from ...converter.telling.printable import printable_lines
 from ...converter.telling.quantities import byte_count, plural
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def report(comparison: Comparison) -> str:
         "",
         *remarks(comparison),
     ]
-    return "\n".join("".join(c if c.isprintable() else " " for c in line) for line in lines)
+    return printable_lines(lines)
 
 
 def _case_rows(comparison: Comparison, most: int = 10) -> Rows:

@@ -18,9 +18,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import loras
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pipelines import saved
 
@@ -225,6 +226,24 @@ def test_headers_of_the_source(snapshot: Path) -> None:
         replaced(snapshot / "s", file.name, len(data).to_bytes(8, "little") + data + body)
         works_or_says(lambda: convert(snapshot / "s", snapshot / "out", force=True, workers=1))
         shutil.rmtree(snapshot / "out", ignore_errors=True)
+
+    run()
+
+
+def test_headers_of_a_lora(snapshot: Path) -> None:
+    model = saved("z_image") / "transformer"
+    shapes = {"layers.0.attention.to_q": (64, 64), "layers.0.feed_forward.w1": (170, 64)}
+    whole = loras.write(snapshot / "lora.safetensors", loras.pairs(shapes)).read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    renamed = {name.replace(".w1.", ".\x1b[2J\n."): tensor for name, tensor in header.items()}
+
+    @fuzzed
+    @given(data=changes(header))
+    @example(data=json.dumps(renamed).encode())
+    def run(data: bytes) -> None:
+        (snapshot / "changed.safetensors").write_bytes(len(data).to_bytes(8, "little") + data + whole[8 + length :])
+        works_or_says(lambda: plan_conversion(model, merge_lora=[str(snapshot / "changed.safetensors")]))
 
     run()
 
