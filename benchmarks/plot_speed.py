@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from tables import MODELS, Row, rows_of
+from tables import MODELS, TABLES, Row, rows_of
 
 COLOURS = {"bf16": "#9aa0a6", "ours": "#1a73e8"}
 
@@ -26,10 +26,11 @@ def plot(path: Path, cases: list[str]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = rows_of("transformer", "h200")
+    _, benchmark, device = TABLES["transformer"]  # the bars are the table's
+    rows = rows_of(benchmark, device)
     measured = {case: bars(rows, case) for case in cases if bars(rows, case)}
     if not measured:
-        raise SystemExit("benchmarks/results has no transformer-h200*.json with these cases")
+        raise SystemExit(f"benchmarks/results has no {benchmark}-{device}*.json with these cases")
     sizes = [len(found) for found in measured.values()]
     figure, parts = pyplot.subplots(len(sizes), squeeze=False, height_ratios=sizes, figsize=(8, 0.3 * sum(sizes) + 1))
     for axes, (case, found) in zip(parts[:, 0], measured.items(), strict=True):

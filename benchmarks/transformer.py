@@ -5,10 +5,10 @@
 
 The real classes with random weights, one forward (a denoising step without guidance) at the models' token counts,
 layers as the shipped manifests choose them. Milliseconds are medians; "compiled" is `compile_repeated_blocks()`,
-"recorded" what `cuda_graphs=True` does, here of BF16 too, so that both are held against the same; "both" is both. The
-realised saving is the share of what FP8 products save over BF16 ones that arrives in the whole: (T_bf16 - T_fp8) /
-(products_bf16 - products_fp8). `busy` is the sum of the kernels' times in one profiled eager forward, without the gaps
-between them. `resident` is GPU memory before a forward, `peak` the most during an eager one.
+"recorded" is `cuda_graphs=True`, of BF16's blocks too, "both" is compiled and recorded. The realised saving is the
+share of what FP8 products save over BF16 ones that arrives in the whole: (T_bf16 - T_fp8) / (products_bf16 -
+products_fp8). `busy` is the sum of the kernels' times in one profiled eager forward, without the gaps between them.
+`resident` is GPU memory before a forward, `peak` the most during an eager one.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from fp8_convert.loader.cuda_graphs import record_blocks, recorded_blocks
 
 Product = tuple[int, int, int]  # tokens, K, N
+RECORDED = ("both", "recorded")  # modes of BF16 and ours, in which CUDA graphs of the blocks are replayed
 LIMIT = 180  # seconds for one form of a model, compiling included
 FAMILIES = {  # of kernels, by the first pattern that their names match
     "attention": r"flash|fmha|attention|sdpa",
@@ -139,6 +140,13 @@ class Bench:
     def build(self) -> Any:
         return random_model("diffusers", self.case.class_name, self.case.config)
 
+    def form(self, rule: str | None) -> Any:
+        """The model in FP8 by `rule`, in BF16 by none."""
+        model = self.build()
+        if rule is not None:
+            make_fp8(model, self.decided(model, rule))
+        return model
+
     def decided(self, model: nn.Module, rule: str) -> Any:
         manifest, compact = self.case.rules[rule]
         return decisions(model, manifest, "transformer", self.case.class_name, compact)
@@ -151,9 +159,7 @@ class Bench:
         for rule in (None, *self.case.rules):
             row = {"case": self.name, "what": "bf16" if rule is None else "ours", **({"rule": rule} if rule else {})}
             with self.recording.failing(**row), limited(LIMIT):
-                model = self.build()
-                if rule is not None:
-                    make_fp8(model, self.decided(model, rule))
+                model = self.form(rule)
                 self.output(model)
                 times = kernel_times(lambda model=model: self.output(model))
                 self.recording.complete({**row, "mode": "eager"}, busy_ms=sum(times.values()))
@@ -185,7 +191,7 @@ class Bench:
         expected = self.expected
         assert expected is not None
         modes = ["eager", *(["compiled"] if compiled else [])]
-        modes += ["both", "recorded"] if what in ("bf16", "ours") else []
+        modes += RECORDED if what in ("bf16", "ours") else ()
         for mode in modes:  # in this order: what is recorded stays so
             named = {"case": self.name, "what": what, "mode": mode, **row}
             with self.recording.failing(**named), limited(LIMIT):
@@ -195,7 +201,7 @@ class Bench:
                     model.compile_repeated_blocks()
                 if mode == "recorded":
                     uncompile(model)
-                if mode in ("both", "recorded"):
+                if mode in RECORDED:
                     record_blocks(model)
                     for _ in range(4):  # the third call replays
                         self.output(model)
@@ -203,7 +209,7 @@ class Bench:
                 if mode == "compiled":
                     found["graphs"] = counters["stats"]["unique_graphs"]
                     found["graph_breaks"] = sum(counters["graph_break"].values())
-                if mode in ("both", "recorded"):
+                if mode in RECORDED:
                     found["blocks"], found["with_recordings"], _ = recorded_blocks(model)
                 if what == "bf16":
                     self.bf16[mode] = found["ms"]
@@ -260,9 +266,7 @@ def print_profile(name: str, modes: Collection[str] = ("eager", "compiled")) -> 
     """GPU milliseconds of one forward by family of kernels, then the longest kernels."""
     bench = Bench(Recording(None), name, 0, False)
     for rule in (None, *bench.case.rules):
-        model = bench.build()
-        if rule is not None:
-            make_fp8(model, bench.decided(model, rule))
+        model = bench.form(rule)
         for mode in modes:
             if mode == "compiled":
                 torch._dynamo.reset()

@@ -1,9 +1,11 @@
 """Shards to plan and stream, built by hand or drawn by hypothesis, with what the reference makes of them."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import reference
@@ -28,6 +30,18 @@ from fp8_convert.converter.telling.progress import Silent
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8, "U8": 1, "BOOL": 1}
 KEPT = Decision("rule", "kept")
 COMPONENT = Component("transformer", "diffusers", None, {}, "diffusion_pytorch_model", (), None)
+
+
+def taken_apart(file: Path) -> tuple[dict[str, Any], bytes]:
+    """The header of a safetensors file, and the bytes behind it."""
+    whole = file.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    return json.loads(whole[8:start]), whole[start:]
+
+
+def put_together(header: bytes, data: bytes) -> bytes:
+    """A safetensors file of a header, which may be anything, and the bytes behind it."""
+    return len(header).to_bytes(8, "little") + header + data
 
 
 @dataclass(frozen=True, repr=False)

@@ -24,6 +24,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pipelines import saved
+from shards import put_together, taken_apart
 
 from fp8_convert.converter import ConvertError, convert, inspect, plan_conversion, verify
 from fp8_convert.converter.cli.render import render_inspection, render_verification
@@ -210,9 +211,7 @@ def test_json_of_the_source(sharded: Path, snapshot: Path, path: str) -> None:
 def test_headers_of_the_source(snapshot: Path) -> None:
     source = saved("z_image") / "transformer"
     file = source / "diffusion_pytorch_model.safetensors"
-    whole = file.read_bytes()
-    length = int.from_bytes(whole[:8], "little")
-    header = json.loads(whole[8 : 8 + length])
+    header, weights = taken_apart(file)
     few = {name: header[name] for name in list(header)[:6]}
 
     @fuzzed
@@ -222,8 +221,7 @@ def test_headers_of_the_source(snapshot: Path) -> None:
             with contextlib.suppress(ValueError, TypeError):
                 data = json.dumps({**header, **json.loads(data)}).encode()
         link_copy(source, snapshot / "s")
-        body = whole[8 + length :]
-        replaced(snapshot / "s", file.name, len(data).to_bytes(8, "little") + data + body)
+        replaced(snapshot / "s", file.name, put_together(data, weights))
         works_or_says(lambda: convert(snapshot / "s", snapshot / "out", force=True, workers=1))
         shutil.rmtree(snapshot / "out", ignore_errors=True)
 
@@ -233,16 +231,14 @@ def test_headers_of_the_source(snapshot: Path) -> None:
 def test_headers_of_a_lora(snapshot: Path) -> None:
     model = saved("z_image") / "transformer"
     shapes = {"layers.0.attention.to_q": (64, 64), "layers.0.feed_forward.w1": (170, 64)}
-    whole = loras.write(snapshot / "lora.safetensors", loras.pairs(shapes)).read_bytes()
-    length = int.from_bytes(whole[:8], "little")
-    header = json.loads(whole[8 : 8 + length])
+    header, weights = taken_apart(loras.write(snapshot / "lora.safetensors", loras.pairs(shapes)))
     renamed = {name.replace(".w1.", ".\x1b[2J\n."): tensor for name, tensor in header.items()}
 
     @fuzzed
     @given(data=changes(header))
     @example(data=json.dumps(renamed).encode())
     def run(data: bytes) -> None:
-        (snapshot / "changed.safetensors").write_bytes(len(data).to_bytes(8, "little") + data + whole[8 + length :])
+        (snapshot / "changed.safetensors").write_bytes(put_together(data, weights))
         works_or_says(lambda: plan_conversion(model, merge_lora=[str(snapshot / "changed.safetensors")]))
 
     run()
@@ -331,9 +327,7 @@ def test_forged_files(converted: Path, snapshot: Path, path: str) -> None:
 @pytest.mark.parametrize("part", ["modules", "tensors"])
 def test_forged_headers(converted: Path, snapshot: Path, part: str) -> None:
     path = min(converted.glob("transformer/*.safetensors")).relative_to(converted).as_posix()
-    whole = (converted / path).read_bytes()
-    length = int.from_bytes(whole[:8], "little")
-    header = json.loads(whole[8 : 8 + length])
+    header, weights = taken_apart(converted / path)
     modules = json.loads(header["__metadata__"]["fp8_convert"])
     few = {name: header[name] for name in list(header)[1:7]}
 
@@ -347,7 +341,7 @@ def test_forged_headers(converted: Path, snapshot: Path, part: str) -> None:
             with contextlib.suppress(ValueError, TypeError):
                 data = json.dumps({**header, **json.loads(data)}).encode()
         link_copy(converted, snapshot / "s")
-        forged(snapshot / "s", path, len(data).to_bytes(8, "little") + data + whole[8 + length :])
+        forged(snapshot / "s", path, put_together(data, weights))
         looked_at(snapshot / "s")
 
     run()
@@ -360,7 +354,7 @@ def test_deep_json(sharded: Path, snapshot: Path, path: str, depth: int) -> None
     deep = b'{"a":' * depth + b"1" + b"}" * depth
     if path == "header":
         shard = next((snapshot / "s" / "transformer").glob("*.safetensors")).relative_to(snapshot / "s").as_posix()
-        replaced(snapshot / "s", shard, len(deep).to_bytes(8, "little") + deep)
+        replaced(snapshot / "s", shard, put_together(deep, b""))
     else:
         replaced(snapshot / "s", path, deep)
     works_or_says(lambda: plan_conversion(snapshot / "s"))

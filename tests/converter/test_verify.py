@@ -17,6 +17,7 @@ from own_manifests import with_scales_of_rows
 from pipelines import copied, saved
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from shards import put_together, taken_apart
 
 from fp8_convert.converter import ConvertError, convert, inspect, verify
 from fp8_convert.converter.checks.codes import compare_shard
@@ -623,12 +624,9 @@ def test_config_of_a_class_that_cannot_be_built(spoilt: Path) -> None:
 
 def with_metadata(file: Path, text: str) -> None:
     """Give a shard other fp8_convert metadata."""
-    raw = file.read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8 : 8 + length])
+    header, weights = taken_apart(file)
     header["__metadata__"]["fp8_convert"] = text
-    data = json.dumps(header).encode()
-    file.write_bytes(len(data).to_bytes(8, "little") + data + raw[8 + length :])
+    file.write_bytes(put_together(json.dumps(header).encode(), weights))
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"a": 1}', '{"a": ["w8a8", "block0x0"]}', '{"a":' * 50_000])
